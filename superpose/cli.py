@@ -1,0 +1,180 @@
+"""The command line: ``superpose prepare | train | compare | evaluate | sample``.
+
+Bad input is one line on the standard error and exit code 2.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from tyro.conf import Positional, arg
+
+from superpose.errors import InputError
+
+
+def prepare(
+    sources: Positional[list[str]],
+    out: Path,
+    tokenizer: str | None = None,
+    train_tokenizer: int | None = None,
+    use_bytes: Annotated[bool, arg(name="bytes")] = False,
+    eod_token: str | None = None,
+    field: str = "text",
+    split: str = "train",
+    dataset_config: str | None = None,
+    validation: float = 0.01,
+    seed: int = 0,
+) -> None:
+    """Turn text into a token store.
+
+    Args:
+        sources: Text, .jsonl or .parquet files, directories or globs of them, or a Hugging Face dataset id.
+        out: Directory of the store; it must not exist.
+        tokenizer: A tokenizer.json, a directory that holds one, or a hub id.
+        train_tokenizer: Train a byte-level BPE of this vocabulary on the text.
+        use_bytes: Take the bytes of the text as tokens.
+        eod_token: End-of-document token, where it is not the tokenizer's usual one.
+        field: Field of a .jsonl, .parquet or hub document that holds its text.
+        split: Split of a hub dataset.
+        dataset_config: Configuration of a hub dataset.
+        validation: Share of the tokens to hold out, by document.
+        seed: Seed of the shuffle.
+    """
+    from superpose.data.prepare import prepare
+
+    prepare(
+        sources,
+        out,
+        tokenizer=tokenizer,
+        train_tokenizer=train_tokenizer,
+        use_bytes=use_bytes,
+        eod_token=eod_token,
+        field=field,
+        split=split,
+        dataset_config=dataset_config,
+        validation=validation,
+        seed=seed,
+    )
+
+
+def train(
+    recipe: Positional[Path], overrides: Positional[tuple[str, ...]] = (), out: Path | None = None, resume: bool = False
+) -> None:
+    """Train a recipe. Under torchrun or accelerate launch the same command trains on many processes.
+
+    Args:
+        recipe: A recipe in TOML.
+        overrides: Fields to change, such as training.steps=100 or superposition.bag_size=8.
+        out: Directory of the run, runs/NAME by default; it must be new.
+        resume: Continue the run in it from its last checkpoint.
+    """
+    from superpose.experiment.recipe import load_recipe
+    from superpose.experiment.train import train
+
+    loaded = load_recipe(recipe, overrides)
+    out = out or Path("runs") / loaded.name
+    summary = train(loaded, out, resume=resume)
+    if not summary:
+        return
+    console = Console(highlight=False)
+    if summary["diverged"]:
+        console.print(f"the loss is not finite at step {summary['step']}: training stopped; lower training.learning_rate")
+        sys.exit(1)
+    for switch in summary["switches"]:
+        if switch["height"] is not None:
+            recovery = f"healed after {switch['steps_to_recover']} steps" if switch["steps_to_recover"] else "not healed by the end"
+            console.print(f"switch at step {switch['step']}: the loss went up by {switch['height']:.3f} nats and {recovery}")
+    for sample in summary["samples"]:
+        console.rule("sample")
+        console.print(sample, markup=False)
+    console.rule()
+    console.print(
+        f"{summary['final_loss']:.4f} nats per token, perplexity {summary['perplexity']:.2f}, "
+        f"{summary['bits_per_byte']:.4f} bits per byte after {summary['step']} steps, {summary['positions'] / 1e6:.1f}M positions, "
+        f"{summary['data_tokens'] / 1e6:.1f}M data tokens, {summary['seconds']:.0f} s\nmodel: {out / 'model'}"
+    )
+
+
+def compare(
+    recipe: Positional[Path], overrides: Positional[tuple[str, ...]] = (), out: Path | None = None, arms: str = "baseline,tst", seeds: int = 1
+) -> None:
+    """Train arms of a recipe side by side at equal FLOPs and write a report. Finished arms are not run again.
+
+    Args:
+        recipe: A recipe in TOML; the arm tst is the recipe itself.
+        overrides: Fields to change, such as training.steps=100.
+        out: Directory of the comparison, runs/NAME-compare by default.
+        arms: Arms separated by commas: baseline, tst, input-only, output-only, power-law, exponential, first, sum-to-one.
+        seeds: Seeds of each arm, counted from the recipe's.
+    """
+    from superpose.experiment.compare import compare
+    from superpose.experiment.recipe import load_recipe
+    from superpose.experiment.report import summarise, table, verdict, write_report
+
+    loaded = load_recipe(recipe, overrides)
+    out = out or Path("runs") / f"{loaded.name}-compare"
+    results = compare(loaded, out, arms=[arm.strip() for arm in arms.split(",")], seeds=seeds)
+    if not results:
+        return
+    report = write_report(results, out)
+    console = Console(highlight=False)
+    if results["arms"][-1]["runs"][0]["sample"]:
+        console.rule(f"a sample from {results['arms'][-1]['name']}")
+        console.print(results["arms"][-1]["runs"][0]["sample"], markup=False)
+    console.rule()
+    summaries = summarise(results)
+    console.print(table(summaries))
+    console.print(verdict(summaries))
+    console.print(f"report: {report}")
+
+
+def evaluate(model: Positional[str], data: Path, positions: int | None = None, tokens: int = 2**24, batch_size: int = 8) -> None:
+    """Loss, perplexity and bits per byte of a saved model on the validation split of a store.
+
+    Args:
+        model: A model's directory or hub id.
+        data: A prepared store.
+        positions: Length of a window; by default the model's longest, at most 2048.
+        tokens: Evaluate at most this many tokens.
+        batch_size: Windows evaluated at once.
+    """
+    from superpose.experiment.evaluate import evaluate
+
+    found = evaluate(model, data, positions=positions, tokens=tokens, batch_size=batch_size)
+    print(
+        f"loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.3f}, {found.bits_per_byte:.4f} bits per byte "
+        f"({found.tokens:,} tokens in windows of {found.positions})"
+    )
+
+
+def sample(model: Positional[str], prompt: str = "", max_new_tokens: int = 200, temperature: float = 0.8, seed: int = 0) -> None:
+    """Continue a prompt with a saved model.
+
+    Args:
+        model: A model's directory or hub id.
+        prompt: Text to continue.
+        max_new_tokens: Tokens to generate.
+        temperature: 0 is greedy.
+        seed: Seed of the draw.
+    """
+    from superpose.experiment.sample import generate
+
+    print(generate(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
+
+
+def main() -> None:
+    commands = {"prepare": prepare, "train": train, "compare": compare, "evaluate": evaluate, "sample": sample}
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="superpose", description="Token-Superposition Training.")
+    except InputError as error:
+        print(f"superpose: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("superpose: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

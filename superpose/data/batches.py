@@ -1,0 +1,102 @@
+"""The batch as a pure function of the step: a map-style dataset whose index decides step, stage and window.
+
+Index i belongs to step ``i // sequences_per_step``; the schedule gives the stage and the offset in the token stream. Nothing
+depends on workers, ranks, accumulation or on where a run was resumed. Samples must be drawn in order.
+"""
+
+import math
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from superpose.bags import fold, following_tokens, position_weights
+from superpose.data.store import TokenStore
+from superpose.errors import InputError
+from superpose.schedule import Schedule, Stage
+
+
+class ScheduledTokens(Dataset[dict[str, Tensor]]):
+    """Windows of a token store as a schedule asks for them.
+
+    Sample: ``input_ids`` and ``labels``, ``[positions]`` or ``[positions, bag]``, labels as transformers has them (equal to the
+    ids, the shift happens in the loss), and ``position_weights [bag]`` where they are not uniform.
+
+    store: a `TokenStore`, or the path of a prepared directory (its train split).
+    positions: L, the positions of a plain sequence.
+    sequences_per_step: sequences of one optimizer step over all ranks and micro-batches.
+    start: where in the token stream step 0 begins; different seeds of an experiment read from different places.
+
+    A run longer than the store goes round it again, with a warning. An epoch is the store cut by so few tokens that its length shares
+    no factor with any window, so each epoch is cut into windows at other places.
+    """
+
+    def __init__(
+        self, store: TokenStore | str | Path, schedule: Schedule, *, positions: int, sequences_per_step: int, start: int = 0
+    ) -> None:
+        self.store = store if isinstance(store, TokenStore) else TokenStore(store)
+        self.schedule, self.positions, self.sequences_per_step, self.start = schedule, positions, sequences_per_step, start
+        windows = [stage.window(positions) for stage in schedule.stages]
+        if self.store.tokens <= max(windows):
+            raise InputError(
+                f"{self.store.path}: the {self.store.split} split has {self.store.tokens} tokens, fewer than one window of "
+                f"{max(windows)} (positions × bag size): prepare more text, or lower positions or the bag size"
+            )
+        self.epoch_tokens = next(
+            length for length in range(self.store.tokens, 0, -1) if all(math.gcd(length, window) == 1 for window in windows)
+        )
+        if self.epochs > 1:
+            warnings.warn(
+                f"the run reads {self.epochs:.2f} epochs of {self.store.path}: "
+                f"{schedule.data_tokens(positions, sequences_per_step):,} data tokens from {self.store.tokens:,}",
+                stacklevel=2,
+            )
+
+    @property
+    def epochs(self) -> float:
+        """How often the run goes through the store."""
+        return self.schedule.data_tokens(self.positions, self.sequences_per_step) / self.epoch_tokens
+
+    def __len__(self) -> int:
+        return self.schedule.steps * self.sequences_per_step
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        step, sequence = divmod(index, self.sequences_per_step)
+        stage = self.schedule.stage_at(step)
+        window = stage.window(self.positions)
+        offset = self.schedule.token_offset(step, self.positions, self.sequences_per_step) + sequence * window
+        return _sample(self._read(self.start + offset, window), stage)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
+        if len({index // self.sequences_per_step for index in indices}) > 1:
+            raise InputError(
+                "a batch mixes samples of several steps: draw them in order (train_sampling_strategy='sequential' in "
+                f"TrainingArguments) in batches that divide sequences_per_step = {self.sequences_per_step}"
+            )
+        return [self[index] for index in indices]
+
+    def _read(self, offset: int, count: int) -> Tensor:
+        pieces = []
+        while count:
+            at = offset % self.epoch_tokens
+            length = min(count, self.epoch_tokens - at)
+            pieces.append(torch.from_numpy(self.store.read(at, length)))
+            offset, count = offset + length, count - length
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _sample(tokens: Tensor, stage: Stage) -> dict[str, Tensor]:
+    if stage.bag_size == 1:
+        return {"input_ids": tokens, "labels": tokens}
+    if stage.mode == "output-only":
+        sample = {"input_ids": tokens, "labels": following_tokens(tokens, stage.bag_size)}
+    else:
+        bags = fold(tokens, stage.bag_size)
+        sample = {"input_ids": bags, "labels": bags[:, 0] if stage.mode == "input-only" else bags}
+    if stage.target_bag > 1 and stage.weighting != "uniform":
+        sample["position_weights"] = position_weights(stage.weighting, stage.bag_size)
+    return sample

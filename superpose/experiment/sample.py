@@ -1,0 +1,41 @@
+"""Text from a trained model, with plain transformers."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, set_seed
+
+from superpose.data.store import TokenStore
+from superpose.errors import InputError
+
+
+def store_tokenizer(store: TokenStore) -> PreTrainedTokenizerFast:
+    """The tokenizer that a store was prepared with, to be saved beside a model."""
+    eod = store.manifest["eod_token"]
+    return PreTrainedTokenizerFast(tokenizer_file=str(store.tokenizer_file), eos_token=eod, bos_token=eod)
+
+
+def generate(model: str | Path, prompt: str = "", *, max_new_tokens: int = 200, temperature: float = 0.8, seed: int = 0) -> str:
+    """Continue ``prompt`` with a saved model (greedily at temperature 0) and return prompt and continuation.
+
+    A document starts after an end-of-document token, so that is what the prompt is put behind.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        network = AutoModelForCausalLM.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{model} is not a model that transformers can load: {str(error).splitlines()[0]}") from None
+    set_seed(seed)
+    ids = [tokenizer.eos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    options = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    network.eval()
+    with torch.no_grad():
+        tokens = network.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+            **options,
+        )
+    return tokenizer.decode(tokens[0, 1:], skip_special_tokens=True)

@@ -1,0 +1,204 @@
+"""Any transformers causal language model, made to read bags and to learn from them, and made stock again.
+
+`attach` puts a class in front of the model's own, which changes three things and no module, parameter or file:
+
+* ids with a bag axis, ``[batch, positions, bag]``, become the mean of their embeddings inside the model's forward (under
+  FSDP2 the embedding's weight is whole only there), and go in as ``inputs_embeds``;
+* while the model trains, or whenever labels have a bag axis, its head hands the hidden states through and its
+  ``loss_function`` gets them with the head's weight: `superpose.loss.linear_multi_hot_cross_entropy`, in both phases and for
+  the baseline. The model's own forward stays in charge, so auxiliary losses and linear scalings of the logits are kept. No logits
+  are returned then;
+* a model that bends its logits after the head (soft-cap, bias) computes them in full, and the loss takes those.
+
+Evaluation with plain labels, ``generate``, the state dict and saved files are the stock model's.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from superpose.bags import IGNORE_INDEX, next_position_targets
+from superpose.embedding import bag_mean
+from superpose.loss import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
+
+
+def attach(model: nn.Module, *, sum_to_one: bool = False) -> nn.Module:
+    """Make a transformers causal language model accept bags. Returns the same model, changed in place.
+
+    ``model(input_ids, labels=labels)`` then takes ids ``[B, L]`` or ``[B, L, s]``, and labels ``[B, L]`` or ``[B, L, s]`` equal
+    to the ids; the shift by one position, a token or a bag, happens inside. ``position_weights [s]`` (or ``[B, s]``, all rows
+    equal, as a collator stacks them) weigh the targets in a bag. ``sum_to_one`` selects that form of the loss.
+    The loss of a batch is its mean, so micro-batches that are accumulated must hold equally many targets, as windows of a
+    token stream do. Raises ValueError for a model without an embedding table and a head.
+    """
+    if isinstance(model, _Superposed):
+        raise ValueError("the model is attached already: detach it first")
+    _embedding_scale(_input_embedding(model))
+    head = _head(model)
+    model.__class__ = _superposed_class(type(model))
+    model._superpose = _State(sum_to_one)  # type: ignore[assignment]
+    if _takes_lean_loss(model, head):
+        head.__class__ = _pass_through_class(type(head))
+        head.hands_through = False  # type: ignore[assignment]
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Undo `attach`: the same model, of its stock class again."""
+    if not isinstance(model, _Superposed):
+        raise ValueError("the model is not attached")
+    head = _head(model)
+    if isinstance(head, _PassThrough):
+        del head.hands_through
+        head.__class__ = type(head).__mro__[2]
+    del model._superpose
+    model.__class__ = type(model).__mro__[2]
+    return model
+
+
+@dataclass
+class _State:
+    """What an attached model holds beside its own attributes; ``weights`` and ``shift_labels`` only during a call."""
+
+    sum_to_one: bool
+    weights: Tensor | None = None
+    active: bool = False
+    used: bool = False
+
+
+class _Superposed:
+    """Marks the class that stands in front of an attached model's own."""
+
+
+class _PassThrough:
+    """Marks the class that stands in front of an attached head's own."""
+
+
+@functools.cache
+def _superposed_class(stock: type[nn.Module]) -> type[nn.Module]:
+    signature = inspect.signature(stock.forward)
+    parameters = [*signature.parameters.values()]
+    extra = inspect.Parameter("position_weights", inspect.Parameter.KEYWORD_ONLY, default=None)
+    at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    parameters.insert(at, extra)
+
+    @functools.wraps(stock.forward)
+    def forward(self: Any, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        weights = kwargs.pop("position_weights", None)
+        labels = kwargs.get("labels")
+        if input_ids is not None and input_ids.dim() == 3:
+            table = _input_embedding(self)
+            embeddings = bag_mean(_whole(table.weight), input_ids)
+            kwargs["inputs_embeds"] = embeddings * _embedding_scale(table).to(embeddings.dtype)
+            input_ids = None
+        state, head = self._superpose, _head(self)
+        in_bags = labels is not None and labels.dim() == 3
+        lean = isinstance(head, _PassThrough) and (in_bags or (self.training and labels is not None))
+        if not lean and not in_bags:
+            return stock.forward(self, input_ids, *args, **kwargs)
+        state.active, state.used = True, False
+        state.weights = weights[0] if weights is not None and weights.dim() == 2 else weights
+        if lean:
+            head.hands_through = True
+        try:
+            outputs = stock.forward(self, input_ids, *args, **kwargs)
+        finally:
+            state.active, state.weights = False, None
+            if lean:
+                head.hands_through = False
+        if not state.used:
+            raise ValueError(f"{stock.__name__} does not compute its loss with loss_function: superpose cannot replace it")
+        return _without_logits(outputs) if lean else outputs
+
+    def loss_function(self: Any) -> Callable[..., Tensor]:
+        state = self.__dict__.get("_superpose")
+        if state is None or not state.active:
+            return stock.loss_function.fget(self)  # type: ignore[attr-defined]
+        return functools.partial(_loss, self)
+
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    members = {
+        "forward": forward,
+        "loss_function": stock.loss_function.getter(loss_function),  # type: ignore[attr-defined]
+        # The Trainer counts targets as labels[..., 1:], wrong with a bag axis; without loss kwargs it averages micro-batches.
+        "accepts_loss_kwargs": False,
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+    }
+    return type(stock.__name__, (_Superposed, stock), members)
+
+
+@functools.cache
+def _pass_through_class(stock: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: Any, hidden: Tensor) -> Tensor:
+        return hidden if self.hands_through else stock.forward(self, hidden)
+
+    return type(stock.__name__, (_PassThrough, stock), {"forward": forward, "__module__": stock.__module__})
+
+
+def _loss(
+    model: Any, logits: Tensor, labels: Tensor, vocab_size: int | None = None, *, shift_labels: Tensor | None = None, **_: Any
+) -> Tensor:
+    """Stands in for ``model.loss_function``: ``logits`` are the hidden states where the head hands them through."""
+    state, head = model._superpose, _head(model)
+    state.used = True
+    targets = next_position_targets(labels) if shift_labels is None else shift_labels
+    weights = state.weights if targets.dim() == 3 else None
+    options = {"weights": weights, "ignore_index": IGNORE_INDEX, "sum_to_one": state.sum_to_one}
+    targets = targets.to(logits.device)
+    if isinstance(head, _PassThrough):
+        return linear_multi_hot_cross_entropy(logits, _whole(head.weight), targets, **options)
+    return multi_hot_cross_entropy(logits, targets, **options)
+
+
+def _without_logits(outputs: Any) -> Any:
+    if isinstance(outputs, tuple):
+        return (outputs[0], None, *outputs[2:])
+    return type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """The weight itself; gathered if its module is sharded apart from the root (FSDP2)."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
+def _input_embedding(model: Any) -> nn.Embedding:
+    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if not isinstance(table, nn.Embedding):
+        raise ValueError(f"{type(model).__name__} has no embedding table that superpose can read: it needs torch.nn.Embedding")
+    return table
+
+
+def _head(model: Any) -> nn.Module:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output head: load it as a causal language model")
+    return head
+
+
+def _embedding_scale(table: nn.Embedding) -> Tensor:
+    """The factor that a scaled embedding (Gemma 3) puts on its rows; linear, so it commutes with the mean."""
+    if type(table).forward is nn.Embedding.forward:
+        return torch.ones((), device=table.weight.device)
+    scale = getattr(table, "embed_scale", None)
+    if scale is None:
+        raise ValueError(f"{type(table).__name__} changes its embeddings in a way that superpose does not know")
+    return torch.as_tensor(scale, device=table.weight.device)
+
+
+def _takes_lean_loss(model: Any, head: nn.Module) -> bool:
+    """Whether loss(logits) may be computed from the head's input: the head is a plain product and nothing bends its output."""
+    config = model.config.get_text_config()
+    capped = any(
+        value
+        for name, value in config.to_dict().items()
+        if "logit" in name and "cap" in name and not name.startswith(("attn", "attention", "conf_attention", "moe", "router"))
+    )
+    plain = type(head).forward is nn.Linear.forward and getattr(head, "bias", None) is None
+    return plain and not capped
