@@ -4,6 +4,7 @@ Bad input is one line on the standard error and exit code 2.
 """
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -165,6 +166,7 @@ def sample(model: Positional[str], prompt: str = "", max_new_tokens: int = 200, 
 
 
 def main() -> None:
+    warnings.formatwarning = lambda message, *_, **__: f"superpose: {message}\n"
     commands = {"prepare": prepare, "train": train, "compare": compare, "evaluate": evaluate, "sample": sample}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="superpose", description="Token-Superposition Training.")

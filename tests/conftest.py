@@ -19,7 +19,7 @@ def store(tmp_path_factory):
     return out
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe(store):
     """A run of seconds: 24 steps, the switch after 8."""
     return Recipe.from_dict(

@@ -24,6 +24,9 @@ class ProgressBar(TrainerCallback):
         stage = self.schedule.stage_at(min(step, self.schedule.steps - 1))
         return f"superposed, bag size {stage.bag_size}" if stage.superposed else "plain"
 
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             self.progress.start()
@@ -33,7 +36,7 @@ class ProgressBar(TrainerCallback):
         description = f"{self._stage(step)} · loss {self.loss:.3f} · validation {self.validation:.3f}"
         self.progress.update(self.task, completed=step, description=description)
         if state.is_world_process_zero and step in self.schedule.switches:
-            self.console.print(f"step {step}: switch to {self._stage(step)}", highlight=False)
+            self._say(f"step {step}: switch to {self._stage(step)}")
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
@@ -43,10 +46,9 @@ class ProgressBar(TrainerCallback):
             return
         self.validation = logs["eval_loss"]
         if state.is_world_process_zero:
-            self.console.print(
-                f"step {state.global_step:>6} of {self.schedule.steps} · {logs['data_tokens'] / 1e6:.1f}M data tokens · "
-                f"validation {self.validation:.4f} nats, {logs['eval_bits_per_byte']:.4f} bits per byte",
-                highlight=False,
+            self._say(
+                f"step {state.global_step:>6} of {self.schedule.steps} · {logs['data_tokens'] / 1e6:.2f}M data tokens · "
+                f"validation {self.validation:.4f} nats, {logs['eval_bits_per_byte']:.4f} bits per byte"
             )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

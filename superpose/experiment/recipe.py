@@ -257,7 +257,7 @@ def _build(section: str, kind: type, values: Any) -> Any:
         wrong_bool = isinstance(value, bool) and expected is not bool
         if expected and value is not None and (wrong_bool or not isinstance(value, expected)):
             raise InputError(f"{section + '.' if section else ''}{name} must be a {annotation}, got {value!r}")
-    return kind(**values)
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def _config_fields(values: Any) -> list[str]:

@@ -71,10 +71,12 @@ def _train(recipe: Recipe, out: Path, store: TokenStore, validation: TokenStore,
     )
     main = trainer.is_world_process_zero()
     if main:
+        (out / "recipe.toml").write_text(recipe.to_toml())
         (out / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
     checkpoint = _last_checkpoint(out) if resume else None
     seconds = _rewind(out / "metrics.jsonl", checkpoint, main)
     trainer.restore_accounts(_step_of(checkpoint), seconds)
+    trainer.args.eval_on_start = trainer.args.eval_on_start and checkpoint is None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step % trainer.state.eval_steps:
         trainer.evaluate()
@@ -201,18 +203,27 @@ def _claimed(out: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
         except BlockingIOError:
             raise InputError(f"{out} is in use by a running training: give another --out") from None
         saved = out / "recipe.toml"
-        if not resume and any(path.name != ".lock" for path in out.iterdir()):
-            if not saved.exists():
-                raise InputError(f"{out} is not empty and holds no run: give another --out")
-            raise InputError(f"{out} holds a run already: continue it with --resume, or give another --out")
-        if resume and not saved.exists():
-            raise InputError(f"{out} holds no run to resume: start it without --resume")
-        if (out / "summary.json").exists():
-            raise InputError(f"{out} holds a finished run: there is nothing to resume")
-        if resume:
-            check_same(load_recipe(saved), recipe, saved)
-        saved.write_text(recipe.to_toml())
-        yield
+        try:
+            _check_claim(out, saved, recipe, resume)
+            yield
+        finally:
+            if not saved.exists():  # refused before it began: leave nothing behind
+                (out / ".lock").unlink()
+                if not any(out.iterdir()):
+                    out.rmdir()
+
+
+def _check_claim(out: Path, saved: Path, recipe: Recipe, resume: bool) -> None:
+    if resume and not saved.exists():
+        raise InputError(f"{out} holds no run to resume: start it without --resume")
+    if resume and (out / "summary.json").exists():
+        raise InputError(f"{out} holds a finished run: there is nothing to resume")
+    if resume:
+        check_same(load_recipe(saved), recipe, saved)
+    elif saved.exists():
+        raise InputError(f"{out} holds a run already: continue it with --resume, or give another --out")
+    elif any(path.name != ".lock" for path in out.iterdir()):
+        raise InputError(f"{out} is not empty and holds no run: give another --out")
 
 
 def check_same(old: Recipe, new: Recipe, path: Path) -> None:
