@@ -1,7 +1,7 @@
 """Token superposition in a plain PyTorch loop, on a model of your own. Three lines differ from ordinary training.
 
-    superpose prepare 'src/**/*.py' --bytes --out data
-    python examples/plain_loop.py data
+superpose prepare 'src/**/*.py' --bytes --out data
+python examples/plain_loop.py data
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Token superposition under the stock transformers Trainer: attach the model, and give it scheduled tokens.
 
-    superpose prepare 'src/**/*.py' --bytes --out data
-    python examples/transformers_trainer.py data --out model
+superpose prepare 'src/**/*.py' --bytes --out data
+python examples/transformers_trainer.py data --out model
 """
 
 import argparse

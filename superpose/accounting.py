@@ -19,16 +19,14 @@ def flops_per_position(model: nn.Module, positions: int) -> float:
     """Training FLOPs (forward and backward) of one position in a sequence of ``positions``.
 
     6 for each parameter that multiplies an activation (the head counted, input tables not, experts by the share used per
-    token), plus 12 · layers · heads · head width · positions for attention scores and values, the usual convention, which counts the
-    masked half too. Sliding windows and recurrences are not modelled.
+    token), plus 12 · layers · heads · head width · positions for attention scores and values, the usual convention, which
+    counts the masked half too. Sliding windows and recurrences are not modelled.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - {id(_head_weight(model))}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     sizes = _active_sizes(model)
     products = sum(
-        sizes[names[id(parameter)]]
-        for parameter in model.parameters()
-        if parameter.dim() >= 2 and id(parameter) not in tables
+        sizes[names[id(parameter)]] for parameter in model.parameters() if parameter.dim() >= 2 and id(parameter) not in tables
     )
     config: Any = model.config
     config = config.get_text_config()
@@ -46,7 +44,9 @@ def _active_sizes(model: Any) -> dict[str, int]:
     """Size of each parameter by name; of a bank of routed experts, the share that one token uses."""
     config = model.config.get_text_config()
     used = getattr(config, "num_experts_per_tok", None)
-    experts = next((n for key in ("num_experts", "num_local_experts", "n_routed_experts") if (n := getattr(config, key, None))), None)
+    experts = next(
+        (n for key in ("num_experts", "num_local_experts", "n_routed_experts") if (n := getattr(config, key, None))), None
+    )
     return {
         name: parameter.numel() * used // experts if used and experts and ".experts." in name else parameter.numel()
         for name, parameter in model.named_parameters()

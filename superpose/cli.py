@@ -6,7 +6,7 @@ Bad input is one line on the standard error and exit code 2.
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -85,7 +85,9 @@ def train(
         sys.exit(1)
     for switch in summary["switches"]:
         if switch["height"] is not None:
-            recovery = f"healed after {switch['steps_to_recover']} steps" if switch["steps_to_recover"] else "not healed by the end"
+            recovery = (
+                f"healed after {switch['steps_to_recover']} steps" if switch["steps_to_recover"] else "not healed by the end"
+            )
             console.print(f"switch at step {switch['step']}: the loss went up by {switch['height']:.3f} nats and {recovery}")
     for sample in summary["samples"]:
         console.rule("sample")
@@ -93,13 +95,17 @@ def train(
     console.rule()
     console.print(
         f"{summary['final_loss']:.4f} nats per token, perplexity {summary['perplexity']:.2f}, "
-        f"{summary['bits_per_byte']:.4f} bits per byte after {summary['step']} steps, {summary['positions'] / 1e6:.1f}M positions, "
-        f"{summary['data_tokens'] / 1e6:.1f}M data tokens, {summary['seconds']:.0f} s\nmodel: {out / 'model'}"
+        f"{summary['bits_per_byte']:.4f} bits per byte after {summary['step']} steps, {summary['positions'] / 1e6:.1f}M "
+        f"positions, {summary['data_tokens'] / 1e6:.1f}M data tokens, {summary['seconds']:.0f} s\nmodel: {out / 'model'}"
     )
 
 
 def compare(
-    recipe: Positional[Path], overrides: Positional[tuple[str, ...]] = (), out: Path | None = None, arms: str = "baseline,tst", seeds: int = 1
+    recipe: Positional[Path],
+    overrides: Positional[tuple[str, ...]] = (),
+    out: Path | None = None,
+    arms: str = "baseline,tst",
+    seeds: int = 1,
 ) -> None:
     """Train arms of a recipe side by side at equal FLOPs and write a report. Finished arms are not run again.
 
@@ -131,7 +137,9 @@ def compare(
     console.print(f"report: {report}")
 
 
-def evaluate(model: Positional[str], data: Path, positions: int | None = None, tokens: int = 2**24, batch_size: int = 8) -> None:
+def evaluate(
+    model: Positional[str], data: Path, positions: int | None = None, tokens: int = 2**24, batch_size: int = 8
+) -> None:
     """Loss, perplexity and bits per byte of a saved model on the validation split of a store.
 
     Args:
@@ -150,7 +158,9 @@ def evaluate(model: Positional[str], data: Path, positions: int | None = None, t
     )
 
 
-def sample(model: Positional[str], prompt: str = "", max_new_tokens: int = 200, temperature: float = 0.8, seed: int = 0) -> None:
+def sample(
+    model: Positional[str], prompt: str = "", max_new_tokens: int = 200, temperature: float = 0.8, seed: int = 0
+) -> None:
     """Continue a prompt with a saved model.
 
     Args:
@@ -167,7 +177,7 @@ def sample(model: Positional[str], prompt: str = "", max_new_tokens: int = 200, 
 
 def main() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"superpose: {message}\n"
-    commands = {"prepare": prepare, "train": train, "compare": compare, "evaluate": evaluate, "sample": sample}
+    commands: dict[str, Any] = {"prepare": prepare, "train": train, "compare": compare, "evaluate": evaluate, "sample": sample}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="superpose", description="Token-Superposition Training.")
     except InputError as error:

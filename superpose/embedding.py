@@ -1,6 +1,5 @@
 """The mean embedding of a bag, without a ``[B, L, s, d]`` tensor in either direction."""
 
-import torch
 from torch import Tensor
 from torch.nn.functional import embedding, embedding_bag
 

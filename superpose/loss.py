@@ -67,9 +67,9 @@ def linear_multi_hot_cross_entropy(
 ) -> Tensor:
     """`multi_hot_cross_entropy` of ``hidden [..., d] @ weight[V, d]ᵀ``, without the ``[..., V]`` logits.
 
-    Memory is a chunk of rows, independent of the number of rows and of s. Products run in the dtype of ``hidden``, or
-    in autocast's where that is on; log-sum-exp and the accumulation of the weight's gradient are in float32. Gradients are computed
-    in the forward pass, except for ``reduction="none"``, which computes the logits again in the backward pass.
+    Memory is a chunk of rows, independent of the number of rows and of s. Products run in the dtype of ``hidden``, or in
+    autocast's where that is on; log-sum-exp and the accumulation of the weight's gradient are in float32. Gradients are
+    computed in the forward pass, except for ``reduction="none"``, which computes the logits again in the backward pass.
     """
     targets, weights = _checked(hidden, targets, weights, reduction)
     if hidden.shape[-1] != weight.shape[-1]:

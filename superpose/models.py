@@ -6,8 +6,8 @@
   FSDP2 the embedding's weight is whole only there), and go in as ``inputs_embeds``;
 * while the model trains, or whenever labels have a bag axis, its head hands the hidden states through and its
   ``loss_function`` gets them with the head's weight: `superpose.loss.linear_multi_hot_cross_entropy`, in both phases and for
-  the baseline. The model's own forward stays in charge, so auxiliary losses and linear scalings of the logits are kept. No logits
-  are returned then;
+  the baseline. The model's own forward stays in charge, so auxiliary losses and linear scalings of the logits are kept. No
+  logits are returned then;
 * a model that bends its logits after the head (soft-cap, bias) computes them in full, and the loss takes those.
 
 Evaluation with plain labels, ``generate``, the state dict and saved files are the stock model's.
@@ -27,7 +27,7 @@ from superpose.embedding import bag_mean
 from superpose.loss import linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 
 
-def attach(model: nn.Module, *, sum_to_one: bool = False) -> nn.Module:
+def attach(model: Any, *, sum_to_one: bool = False) -> Any:
     """Make a transformers causal language model accept bags. Returns the same model, changed in place.
 
     ``model(input_ids, labels=labels)`` then takes ids ``[B, L]`` or ``[B, L, s]``, and labels ``[B, L]`` or ``[B, L, s]`` equal
@@ -41,14 +41,14 @@ def attach(model: nn.Module, *, sum_to_one: bool = False) -> nn.Module:
     _embedding_scale(_input_embedding(model))
     head = _head(model)
     model.__class__ = _superposed_class(type(model))
-    model._superpose = _State(sum_to_one)  # type: ignore[assignment]
+    model._superpose = _State(sum_to_one)
     if _takes_lean_loss(model, head):
         head.__class__ = _pass_through_class(type(head))
-        head.hands_through = False  # type: ignore[assignment]
+        head.hands_through = False
     return model
 
 
-def detach(model: nn.Module) -> nn.Module:
+def detach(model: Any) -> Any:
     """Undo `attach`: the same model, of its stock class again."""
     if not isinstance(model, _Superposed):
         raise ValueError("the model is not attached")
@@ -74,13 +74,17 @@ class _State:
 class _Superposed:
     """Marks the class that stands in front of an attached model's own."""
 
+    _superpose: _State
+
 
 class _PassThrough:
     """Marks the class that stands in front of an attached head's own."""
 
+    hands_through: bool
+    weight: Tensor
 
-@functools.cache
-def _superposed_class(stock: type[nn.Module]) -> type[nn.Module]:
+
+def _superposed_class(stock: Any) -> Any:
     signature = inspect.signature(stock.forward)
     parameters = [*signature.parameters.values()]
     extra = inspect.Parameter("position_weights", inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -118,13 +122,13 @@ def _superposed_class(stock: type[nn.Module]) -> type[nn.Module]:
     def loss_function(self: Any) -> Callable[..., Tensor]:
         state = self.__dict__.get("_superpose")
         if state is None or not state.active:
-            return stock.loss_function.fget(self)  # type: ignore[attr-defined]
+            return stock.loss_function.fget(self)
         return functools.partial(_loss, self)
 
-    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    vars(forward)["__signature__"] = signature.replace(parameters=parameters)
     members = {
         "forward": forward,
-        "loss_function": stock.loss_function.getter(loss_function),  # type: ignore[attr-defined]
+        "loss_function": stock.loss_function.getter(loss_function),
         # The Trainer counts targets as labels[..., 1:], wrong with a bag axis; without loss kwargs it averages micro-batches.
         "accepts_loss_kwargs": False,
         "__module__": stock.__module__,
@@ -134,8 +138,7 @@ def _superposed_class(stock: type[nn.Module]) -> type[nn.Module]:
     return type(stock.__name__, (_Superposed, stock), members)
 
 
-@functools.cache
-def _pass_through_class(stock: type[nn.Module]) -> type[nn.Module]:
+def _pass_through_class(stock: Any) -> Any:
     def forward(self: Any, hidden: Tensor) -> Tensor:
         return hidden if self.hands_through else stock.forward(self, hidden)
 
@@ -168,14 +171,14 @@ def _whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
-def _input_embedding(model: Any) -> nn.Embedding:
+def _input_embedding(model: Any) -> Any:
     table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     if not isinstance(table, nn.Embedding):
         raise ValueError(f"{type(model).__name__} has no embedding table that superpose can read: it needs torch.nn.Embedding")
     return table
 
 
-def _head(model: Any) -> nn.Module:
+def _head(model: Any) -> Any:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
         raise ValueError(f"{type(model).__name__} has no output head: load it as a causal language model")

@@ -8,7 +8,13 @@ from torch.utils.data import DataLoader
 from superpose import InputError, Schedule, ScheduledTokens, Stage, TokenStore, bags
 
 SCHEDULE = Schedule.staged(
-    [Stage(2, 4, weighting="power-law"), Stage(2, 3, "input-only"), Stage(2, 2, "output-only"), Stage(2, 4, position_divisor=4), Stage(3)]
+    [
+        Stage(2, 4, weighting="power-law"),
+        Stage(2, 3, "input-only"),
+        Stage(2, 2, "output-only"),
+        Stage(2, 4, position_divisor=4),
+        Stage(3),
+    ]
 )
 
 
@@ -66,7 +72,13 @@ def test_epochs_warn_and_move_the_windows(store):
     steps = 2 * tokens // 512 + 4
     with pytest.warns(UserWarning, match=r"reads 2\.\d\d epochs"):
         data = ScheduledTokens(store, Schedule.baseline(steps), positions=512, sequences_per_step=1)
-    starts = [{(index * 512) % data.epoch_tokens for index in range(e * data.epoch_tokens // 512 + 1, (e + 1) * data.epoch_tokens // 512)} for e in (0, 1)]
+    starts = [
+        {
+            (index * 512) % data.epoch_tokens
+            for index in range(e * data.epoch_tokens // 512 + 1, (e + 1) * data.epoch_tokens // 512)
+        }
+        for e in (0, 1)
+    ]
     assert starts[0].isdisjoint(starts[1])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

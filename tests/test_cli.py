@@ -11,7 +11,9 @@ from superpose.cli import main
 
 def superpose(*arguments, cwd=None):
     command = [sys.executable, "-m", "superpose.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,9 @@ def test_a_second_training_in_the_same_directory_is_refused(files, recipe):
 
 def test_prepare_train_evaluate_sample(files):
     source = Path(os.__file__).parent / "json" / "*.py"
-    assert superpose("prepare", source, "--train-tokenizer", "300", "--validation", "0.2", "--out", "d", cwd=files).returncode == 0
+    assert (
+        superpose("prepare", source, "--train-tokenizer", "300", "--validation", "0.2", "--out", "d", cwd=files).returncode == 0
+    )
     small = ["training.steps=8", "training.eval_steps=8", "training.report_to=tensorboard"]
     trained = superpose("train", "good.toml", "data.path=d", *small, "--out", "run", cwd=files)
     assert trained.returncode == 0, trained.stderr

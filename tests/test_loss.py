@@ -100,7 +100,9 @@ def test_without_ignored_targets_it_is_the_published_listing(form):
     torch.manual_seed(3)
     hidden, head, targets = torch.randn(2, 5, 8), torch.randn(31, 8), torch.randint(0, 31, (2, 5, 6))
     arguments = (hidden @ head.T,) if form is multi_hot_cross_entropy else (hidden, head)
-    assert form(*arguments, targets).item() == pytest.approx(reference.multi_hot_cross_entropy(hidden @ head.T, targets).item(), rel=1e-6)
+    assert form(*arguments, targets).item() == pytest.approx(
+        reference.multi_hot_cross_entropy(hidden @ head.T, targets).item(), rel=1e-6
+    )
 
 
 def test_difference_to_the_listing_with_a_single_target_in_the_last_bag():
@@ -121,7 +123,9 @@ def test_mean_of_cross_entropies_through_the_first_target():
     # mean_i CE(y_i) = CE(y_0) + h·(W[y_0] − mean_i W[y_i]): an oracle that shares no code with the first one.
     hidden, head, targets, _ = problem(5, ignored=0.0)
     hidden, targets = hidden[2:], targets[2:]
-    expected = cross_entropy(hidden @ head.T, targets[:, 0]) + (hidden * (head[targets[:, 0]] - head[targets].mean(1))).sum(-1).mean()
+    expected = (
+        cross_entropy(hidden @ head.T, targets[:, 0]) + (hidden * (head[targets[:, 0]] - head[targets].mean(1))).sum(-1).mean()
+    )
     assert linear_multi_hot_cross_entropy(hidden, head, targets).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -145,7 +149,9 @@ def test_chunks_do_not_change_the_result(monkeypatch):
 def test_gradient_of_one_input_alone(reduction):
     hidden, head, targets, _ = problem(7)
     both = torch.autograd.grad(linear_multi_hot_cross_entropy(hidden, head, targets, reduction=reduction).sum(), (hidden, head))
-    alone = torch.autograd.grad(linear_multi_hot_cross_entropy(hidden, head.detach(), targets, reduction=reduction).sum(), hidden)
+    alone = torch.autograd.grad(
+        linear_multi_hot_cross_entropy(hidden, head.detach(), targets, reduction=reduction).sum(), hidden
+    )
     assert torch.equal(alone[0], both[0])
 
 
@@ -187,7 +193,9 @@ def test_custom_ops_are_registered_as_torch_demands():
 
 def test_compiles_without_a_graph_break():
     hidden, head, targets, _ = problem(11)
-    compiled = torch.compile(lambda h, w: linear_multi_hot_cross_entropy(h * 2, w, targets) + 1, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda h, w: linear_multi_hot_cross_entropy(h * 2, w, targets) + 1, fullgraph=True, backend="aot_eager"
+    )
     expected = linear_multi_hot_cross_entropy(hidden * 2, head, targets) + 1
     found = compiled(hidden, head)
     torch.testing.assert_close(found, expected)

@@ -167,7 +167,11 @@ def test_ignored_labels():
     model, folded = superpose.attach(build()), ids(2, 8, 4)
     labels = folded.clone()
     labels[:, :4] = -100
-    logits = superpose.detach(copy.deepcopy(model)).eval()(inputs_embeds=bag_mean(model.get_input_embeddings().weight, folded)).logits
+    logits = (
+        superpose.detach(copy.deepcopy(model))
+        .eval()(inputs_embeds=bag_mean(model.get_input_embeddings().weight, folded))
+        .logits
+    )
     expected = reference.multi_hot_cross_entropy(logits[:, 3:-1], folded[:, 4:])
     assert model(input_ids=folded, labels=labels).loss.item() == pytest.approx(expected.item(), rel=1e-5)
 

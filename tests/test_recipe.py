@@ -63,7 +63,9 @@ def test_the_papers_schedule():
 def test_overrides_are_toml_or_text(tmp_path, recipe):
     path = tmp_path / "recipe.toml"
     path.write_text(recipe.to_toml())
-    changed = load_recipe(path, ["training.steps=7", "--superposition.weighting=power-law", "model.rope_parameters.rope_theta=5.0", "name=x"])
+    changed = load_recipe(
+        path, ["training.steps=7", "--superposition.weighting=power-law", "model.rope_parameters.rope_theta=5.0", "name=x"]
+    )
     assert (changed.training.steps, changed.superposition.weighting, changed.name) == (7, "power-law", "x")
     assert changed.model.shape["rope_parameters"]["rope_theta"] == 5.0
     with pytest.raises(InputError, match=r"section\.field=value"):
@@ -71,7 +73,9 @@ def test_overrides_are_toml_or_text(tmp_path, recipe):
 
 
 def test_explicit_stages(values):
-    values["superposition"] = {"stages": [{"bag_size": 8, "ratio": 0.125}, {"bag_size": 4, "ratio": 0.25, "weighting": "power-law"}]}
+    values["superposition"] = {
+        "stages": [{"bag_size": 8, "ratio": 0.125}, {"bag_size": 4, "ratio": 0.25, "weighting": "power-law"}]
+    }
     assert Recipe.from_dict(values).schedule() == Schedule.staged([Stage(3, 8), Stage(6, 4, weighting="power-law"), Stage(15)])
     values["superposition"]["stages"][0]["ratio"] = 0.9
     assert "ratios of the stages" in refused(values)

@@ -1,11 +1,14 @@
+import io
 import math
 import struct
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from superpose.experiment import report
 from superpose.experiment.report import duration, quantity, summarise, table, verdict, write_report
 
 STEPS, TOKENS_PER_STEP, FLOPS_PER_STEP = 750, 16 * 256, 2.1e10
@@ -28,8 +31,7 @@ def make_run(seed, stages, final_loss, pace=1.0):
         if bags[step - 1] > 1:
             return 6.9 - step / superposed
         since = step - superposed
-        floor = final_loss + 3.2 * (20 ** (-0.5) - (since + 20) ** -0.5) * 0 - 4.5 * (STEPS - superposed + 6) ** -0.55
-        return floor + 4.5 * (since + 6) ** -0.55
+        return final_loss + 4.5 * ((since + 6) ** -0.55 - (STEPS - superposed + 6) ** -0.55)
 
     def bag(step):
         return 2.75 + 3.5 * (step + 2) ** -0.5
@@ -44,7 +46,8 @@ def make_run(seed, stages, final_loss, pace=1.0):
         }
 
     evaluations = [
-        accounts(step) | {"eval_loss": plain(step), "bits_per_byte": plain(step) / math.log(2)} for step in range(0, STEPS + 1, 25)
+        accounts(step) | {"eval_loss": plain(step), "bits_per_byte": plain(step) / math.log(2)}
+        for step in range(0, STEPS + 1, 25)
     ]
     training = [
         accounts(step)
@@ -60,9 +63,14 @@ def make_run(seed, stages, final_loss, pace=1.0):
         for step in range(5, STEPS + 1, 5)
     ]
     switches, start = [], 0
-    for before, after in zip(stages, stages[1:], strict=False):
+    for before, after in pairwise(stages):
         start += before["steps"]
-        losses = {"loss_before": 2.9, "loss_after": 3.6 + 0.01 * seed, "height": 0.7 + 0.01 * seed, "steps_to_recover": 12 + seed}
+        losses = {
+            "loss_before": 2.9,
+            "loss_after": 3.6 + 0.01 * seed,
+            "height": 0.7 + 0.01 * seed,
+            "steps_to_recover": 12 + seed,
+        }
         switches.append({"step": start, "from_bag_size": before["bag_size"], "to_bag_size": after["bag_size"]} | losses)
     last = evaluations[-1]
     return {
@@ -76,7 +84,7 @@ def make_run(seed, stages, final_loss, pace=1.0):
         "switches": switches,
         "evaluations": evaluations,
         "training": training,
-        "sample": "def main(self):\n    if x < 1 & y > 2:\n        return self.<b>parse</b>(line)\n\n    def __init__(self, name):\n" * 3,
+        "sample": "def main(self):\n    if x < 1 & y > 2:\n        return self.<b>parse</b>(line)\n\n" * 3,
     }
 
 
@@ -92,7 +100,14 @@ def make_results(*arms):
     return {
         "name": "demo",
         "created": "2026-01-02T03:04:05+00:00",
-        "environment": {"torch": "2.13", "transformers": "5.23", "device": "cpu", "processor": None, "threads": 2, "superpose": "0.1.0"},
+        "environment": {
+            "torch": "2.13",
+            "transformers": "5.23",
+            "device": "cpu",
+            "processor": None,
+            "threads": 2,
+            "superpose": "0.1.0",
+        },
         "model": {"architecture": "llama", "parameters": 820608, "non_embedding_parameters": 787712, "vocab_size": 257},
         "data": {"path": "data/demo", "tokens": 31415926, "bytes_per_token": 0.9987, "documents": 4242, "tokenizer": "bytes"},
         "positions": 256,
@@ -196,7 +211,7 @@ def test_verdict_of_a_clear_gain():
     text = verdict(summarise(make_results(baseline(1.330, 1.340, 1.335), tst(1.300, 1.309, 1.304))))
     assert "tst is ahead of baseline by 0.0307 nats (0.0442 bits per byte) at equal FLOPs" in text
     assert "which is more than twice the spread over 3 seeds (standard deviation of the paired differences: 0.0006)." in text
-    assert "tst 1.90× as many (5.84M)" in text
+    assert "Data tokens: baseline 3.07M, tst 5.84M (1.90×)." in text
 
 
 def test_verdict_of_an_unclear_gain():
@@ -217,6 +232,12 @@ def test_verdict_when_superposition_does_not_pay():
     assert "At this size and budget superposition does not pay." in text
 
 
+def test_verdict_prefers_an_arm_that_finished_every_seed():
+    results = make_results(baseline(1.33, 1.34), tst(1.20, 1.21), make_arm("power-law", TST, [1.30, 1.31]))
+    diverge(results["arms"][1]["runs"][1])
+    assert verdict(summarise(results)).startswith("power-law is ahead of baseline")
+
+
 def test_verdict_says_when_flops_are_not_equal():
     results = make_results(baseline(1.33), tst(1.30))
     results["arms"][1]["runs"][0]["flops"] *= 0.5
@@ -233,13 +254,32 @@ def test_verdict_without_a_pair():
 def test_table_shows_every_arm_as_text():
     results = make_results(baseline(1.33, 1.34, 1.35), make_arm("[bold]tst", TST, [1.30, 1.31, 1.33]))
     diverge(results["arms"][0]["runs"][2])
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(table(summarise(results)))
     text = console.export_text()
     assert "[bold]tst" in text
     assert "2 (1 diverged)" in text
     assert "1.3350 ± 0.0071" in text
     assert "−0.0300 ± 0.0000" in text
+
+
+def test_loss_panels_are_cropped_to_what_can_be_compared():
+    results = make_results(baseline(1.33, 1.34), tst(1.30, 1.45))
+    diverge(results["arms"][1]["runs"][0])
+    axes = report._draw_loss(results).axes[0]
+    low, high = axes.get_ylim()
+    assert low < 1.33 < 1.45 < high < 2
+    assert any("tst: up to 6.8" in text.get_text() for text in axes.texts)
+
+
+def test_no_line_joins_a_bag_loss_with_a_plain_loss():
+    results = make_results(baseline(1.33), tst(1.30))
+    for run in results["arms"][1]["runs"]:
+        for row in run["training"]:
+            row["loss"] = 1000.0 if row["bag_size"] > 1 else 1.0
+    drawn = [set(line.get_ydata()) for line in report._draw_training(results).axes[0].lines]
+    assert any(1000.0 in values for values in drawn)
+    assert not any({1000.0, 1.0} <= values for values in drawn)
 
 
 class Page(HTMLParser):
@@ -289,7 +329,7 @@ def test_report_of_three_seeds(tmp_path):
     assert results["arms"][0]["runs"][0]["sample"] in page.words
     assert "4 → 1" in page.words
     assert "+0.7100" in page.words
-    assert "15.8T" in page.words
+    assert "15.8 TFLOPs" in page.words
 
 
 def test_report_of_hostile_names_three_stages_and_missing_values(tmp_path):
@@ -325,14 +365,24 @@ def test_report_of_the_baseline_alone(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (math.nan, "–"), (0, "0"), (257, "257"), (999.7, "1e+03"), (1000, "1.00K"), (12_345_678, "12.3M"), (999_999, "1.00M"), (2e15, "2000T")],
+    [
+        (None, "–"),
+        (math.nan, "–"),
+        (0, "0"),
+        (257, "257"),
+        (999.7, "1.00K"),
+        (12_345_678, "12.3M"),
+        (999_999, "1.00M"),
+        (6e10, "60.0B"),
+    ],
 )
 def test_quantity(value, text):
     assert quantity(value) == text
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.04, "0.0 s"), (59.6, "59.6 s"), (59.99, "1 min 0 s"), (725, "12 min 5 s"), (12_000, "3 h 20 min"), (367_200, "4 d 6 h")]
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (42, "42.0 s"), (59.99, "1 min 0 s"), (725, "12 min 5 s"), (12_000, "3 h 20 min"), (367_200, "4 d 6 h")],
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text

@@ -4,7 +4,9 @@ from hypothesis import strategies as st
 
 from superpose import Schedule, Stage
 
-STAGED = Schedule.staged([Stage(3, 8), Stage(5, 4, "input-only", "power-law"), Stage(2, 2, "output-only", (3.63, 1.35, -1.25)), Stage(7)])
+STAGED = Schedule.staged(
+    [Stage(3, 8), Stage(5, 4, "input-only", "power-law"), Stage(2, 2, "output-only", (3.63, 1.35, -1.25)), Stage(7)]
+)
 
 
 def test_tst_switches_after_the_ratio_of_the_steps():
@@ -22,7 +24,9 @@ def test_data_tokens_are_the_papers_formula():
     assert Schedule.tst(20_000, 6, 0.3).positions(2048, 1024) == baseline
 
 
-@pytest.mark.parametrize("schedule", [Schedule.baseline(9), Schedule.tst(9, 4, 1 / 3), STAGED, Schedule.patch_level(9, 4, 2 / 3)])
+@pytest.mark.parametrize(
+    "schedule", [Schedule.baseline(9), Schedule.tst(9, 4, 1 / 3), STAGED, Schedule.patch_level(9, 4, 2 / 3)]
+)
 def test_offsets_are_the_sums_over_the_steps_before(schedule):
     tokens = positions = 0
     flops = 0.0
@@ -40,7 +44,11 @@ def test_offsets_are_the_sums_over_the_steps_before(schedule):
 
 def test_modes_say_which_side_is_superposed():
     full, input_only, output_only = (Stage(1, 4, mode) for mode in ("full", "input-only", "output-only"))
-    assert [(s.input_bag, s.target_bag, s.window(10)) for s in (full, input_only, output_only)] == [(4, 4, 40), (4, 1, 40), (1, 4, 10)]
+    assert [(s.input_bag, s.target_bag, s.window(10)) for s in (full, input_only, output_only)] == [
+        (4, 4, 40),
+        (4, 1, 40),
+        (1, 4, 10),
+    ]
 
 
 def test_patch_level_keeps_the_data_and_cuts_the_positions():

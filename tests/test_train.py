@@ -28,13 +28,15 @@ def finished(recipe, tmp_path_factory):
 
 
 def test_summary_and_files(finished):
-    recipe, out, summary = finished
+    _, out, summary = finished
     assert summary["positions"] == 24 * 4 * 32
     assert summary["data_tokens"] == (8 * 4 + 16) * 4 * 32
     assert summary["final_loss"] < 5.3 < 5.55
     assert [switch["step"] for switch in summary["switches"]] == [8]
     assert summary == json.loads((out / "summary.json").read_text())
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (out / "model").iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= {
+        p.name for p in (out / "model").iterdir()
+    }
     assert json.loads((out / "environment.json").read_text())["torch"] == torch.__version__
     assert json.loads((out / "model" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
@@ -188,7 +190,9 @@ def test_a_diverged_run_stops_and_says_so(recipe, tmp_path):
 
 
 def test_height_of_a_spike_and_recovery():
-    rows = [{"step": s, "loss": loss} for s, loss in [(5, 3.0), (10, 2.5), (11, 3.5), (12, 3.9), (13, 3.0), (15, 2.4), (20, 2.0)]]
+    rows = [
+        {"step": s, "loss": loss} for s, loss in [(5, 3.0), (10, 2.5), (11, 3.5), (12, 3.9), (13, 3.0), (15, 2.4), (20, 2.0)]
+    ]
     switch = module._switch(10, Schedule.tst(20, 4, 0.5), rows)
     assert switch == {
         "step": 10,

@@ -29,8 +29,8 @@ class ScheduledTokens(Dataset[dict[str, Tensor]]):
     sequences_per_step: sequences of one optimizer step over all ranks and micro-batches.
     start: where in the token stream step 0 begins; different seeds of an experiment read from different places.
 
-    A run longer than the store goes round it again, with a warning. An epoch is the store cut by so few tokens that its length shares
-    no factor with any window, so each epoch is cut into windows at other places.
+    A run longer than the store goes round it again, with a warning. An epoch is the store less so few tokens that its length
+    shares no factor with any window, so each epoch is cut into windows at other places.
     """
 
     def __init__(

@@ -15,7 +15,13 @@ class ProgressBar(TrainerCallback):
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self.console = Console(stderr=True)
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.progress.add_task("training", total=schedule.steps)
         self.loss = self.validation = float("nan")
@@ -38,9 +44,8 @@ class ProgressBar(TrainerCallback):
         if state.is_world_process_zero and step in self.schedule.switches:
             self._say(f"step {step}: switch to {self._stage(step)}")
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
         self.loss = logs.get("loss", self.loss)
         if "eval_loss" not in logs:
             return

@@ -1,8 +1,8 @@
 """The transformers Trainer (with Accelerate: one process up to multi-node FSDP2) under a schedule.
 
-A stock ``Trainer`` trains an attached model on `ScheduledTokens` as it is. This one adds what an experiment needs around it:
-it refuses a batch that does not make up the schedule's step, keeps the accounts (positions, data tokens, FLOPs and seconds apart),
-reports evaluation in bits per byte, and logs every step just after a switch.
+A stock ``Trainer`` trains an attached model on `ScheduledTokens` as it is. This one adds what an experiment needs around it: it
+refuses a batch that does not make up the schedule's step, keeps the accounts (positions, data tokens, FLOPs and seconds
+apart), reports evaluation in bits per byte, and logs every step just after a switch.
 """
 
 import json
@@ -98,7 +98,10 @@ class ScheduledTrainer(Trainer):
             logs["eval_bits_per_byte"] = logs["eval_loss"] / math.log(2) / self.bytes_per_token
         super().log(logs, start_time)
         if self.is_world_process_zero() and ("loss" in logs or "eval_loss" in logs):
-            row = {"step": step, **{name: value for name, value in logs.items() if not name.endswith("_per_second") or "loss" in logs}}
+            row = {
+                "step": step,
+                **{name: value for name, value in logs.items() if not name.endswith("_per_second") or "loss" in logs},
+            }
             for name in ("epoch", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"):
                 row.pop(name, None)
             with self.metrics.open("a") as file:

@@ -28,7 +28,12 @@ ARMS: dict[str, Callable[[Recipe], Recipe]] = {
 
 
 def compare(
-    recipe: Recipe, out: str | Path, *, arms: Sequence[str] = ("baseline", "tst"), seeds: int = 1, say: Callable[[str], None] = print
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    arms: Sequence[str] = ("baseline", "tst"),
+    seeds: int = 1,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train each arm for each seed under ``out/ARM/seed-N`` and return the results, also written to ``out/results.json``.
 

@@ -4,6 +4,7 @@ import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -24,16 +25,22 @@ class Evaluation:
 
 
 def evaluate(
-    model: str | Path, data: str | Path, *, positions: int | None = None, tokens: int = 2**24, batch_size: int = 8, split: str = "validation"
+    model: str | Path,
+    data: str | Path,
+    *,
+    positions: int | None = None,
+    tokens: int = 2**24,
+    batch_size: int = 8,
+    split: str = "validation",
 ) -> Evaluation:
     """Evaluate the saved model at ``model`` (directory or hub id) on the store at ``data``, with plain transformers.
 
-    ``positions`` defaults to the model's longest sequence, at most 2048. Raises InputError for a model that cannot be loaded, or one
-    whose vocabulary is smaller than the store's.
+    ``positions`` defaults to the model's longest sequence, at most 2048. Raises InputError for a model that cannot be loaded,
+    or one whose vocabulary is smaller than the store's.
     """
     store = TokenStore(data, split)
     try:
-        network = AutoModelForCausalLM.from_pretrained(model)
+        network: Any = AutoModelForCausalLM.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise InputError(f"{model} is not a model that transformers can load: {str(error).splitlines()[0]}") from None
     rows = network.get_input_embeddings().weight.shape[0]
@@ -43,7 +50,11 @@ def evaluate(
     windows = validation_windows(store, positions, tokens)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
-            output_dir=scratch, per_device_eval_batch_size=batch_size, report_to="none", bf16_full_eval=False, bf16=bfloat16_pays()
+            output_dir=scratch,
+            per_device_eval_batch_size=batch_size,
+            report_to="none",
+            bf16_full_eval=False,
+            bf16=bfloat16_pays(),
         )
         loss = Trainer(network, arguments, eval_dataset=windows).evaluate()["eval_loss"]
     nats = min(loss, 700.0)

@@ -112,7 +112,9 @@ class Recipe:
         section, steps = self.superposition, self.training.steps
         with _naming("superposition"):
             if not section.stages:
-                return Schedule.tst(steps, section.bag_size, section.ratio, mode=section.mode, weighting=_weighting(section.weighting))
+                return Schedule.tst(
+                    steps, section.bag_size, section.ratio, mode=section.mode, weighting=_weighting(section.weighting)
+                )
             stages, end = [], 0.0
             for table in section.stages:
                 table = {"ratio": 0.0, "weighting": section.weighting, "mode": section.mode, **table}
@@ -249,7 +251,7 @@ def _build(section: str, kind: type, values: Any) -> Any:
         raise InputError(f"{section} must be a table, [{section}]")
     fields = {f.name: f for f in dataclasses.fields(kind)}
     _known(section, values, [*fields])
-    kinds = {"int": int, "float": (int, float), "bool": bool, "str": str, "str | None": str}
+    kinds: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str, "str | None": str}
     for name, value in values.items():
         annotation = fields[name].type
         annotation = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
@@ -269,7 +271,8 @@ def _config_fields(values: Any) -> list[str]:
     if architecture not in CONFIG_MAPPING:
         nearest = difflib.get_close_matches(str(architecture), list(CONFIG_MAPPING.keys()), n=1)
         raise InputError(
-            f"model.architecture {architecture!r} is not a transformers model type" + (f": did you mean {nearest[0]}?" if nearest else "")
+            f"model.architecture {architecture!r} is not a transformers model type"
+            + (f": did you mean {nearest[0]}?" if nearest else "")
         )
     config = CONFIG_MAPPING[architecture]
     return [*(f.name for f in dataclasses.fields(config)), *config.attribute_map]

@@ -1,7 +1,7 @@
 """The report of a comparison: summaries over seeds, a terminal table, plots, and one HTML page that needs nothing else.
 
-Everything here reads ``results``, the dictionary that `superpose.experiment.compare` writes to results.json. Arms are compared by
-validation loss alone, which is plain next-token loss in every stage; the training loss of a superposed stage is a bag loss,
+Everything here reads ``results``, the dictionary that `superpose.experiment.compare` writes to results.json. Arms are compared
+by validation loss alone, which is plain next-token loss in every stage; the training loss of a superposed stage is a bag loss,
 another quantity, and is only ever shown, in a panel of its own.
 """
 
@@ -30,8 +30,17 @@ BASELINE_COLOUR = "#000000"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 
 COLUMNS = (
-    "arm", "seeds", "final loss, nats", "against baseline", "bits per byte", "speed-up", "data tokens", "FLOPs", "time", "positions/s",
-)  # fmt: skip
+    "arm",
+    "seeds",
+    "final loss, nats",
+    "against baseline",
+    "bits per byte",
+    "speed-up",
+    "data tokens",
+    "compute",
+    "time",
+    "positions/s",
+)
 
 COUNT_PREFIXES = ("", "K", "M", "B", "T")
 FLOPS_PREFIXES = ("", "K", "M", "G", "T", "P", "E", "Z", "Y")
@@ -148,14 +157,17 @@ def _deviation(values: Sequence[float]) -> float | None:
 
 
 def verdict(summaries: Sequence[ArmSummary]) -> str:
-    """What the comparison shows, in a few plain sentences, with its uncertainty."""
+    """What the comparison shows, in a few plain sentences, with its uncertainty: the best arm against the baseline."""
     base = next(arm for arm in summaries if arm.name == arm.baseline)
     others = [arm for arm in summaries if arm is not base]
-    ranked = sorted((arm for arm in others if arm.difference is not None), key=lambda arm: _number(arm.difference))
+    # An arm that lost a seed is not ranked above one that finished them all.
+    compared = [arm for arm in others if arm.difference is not None]
+    ranked = sorted(compared, key=lambda arm: (len(arm.diverged), _number(arm.difference)))
     diverged = [f"{arm.name} (seed {', '.join(map(str, arm.diverged))})" for arm in summaries if arm.diverged]
-    sentences = [_outcome(ranked[0], base)] if ranked else ["There is no finished pair of an arm and its baseline to compare."]
     if ranked:
-        sentences.append(_data_used(others, base))
+        sentences = [_outcome(ranked[0], base), _data_used(compared, base)]
+    else:
+        sentences = ["There is no finished pair of an arm and its baseline to compare."]
     if diverged:
         sentences.append(f"Diverged and left out: {', '.join(diverged)}.")
     return " ".join(sentences)
@@ -166,9 +178,10 @@ def _outcome(best: ArmSummary, base: ArmSummary) -> str:
     cost = _number(best.flops) / _number(base.flops)
     budget = "at equal FLOPs" if abs(cost - 1) < 0.01 else f"at {cost:.2f}× its FLOPs"
     gap = f"{abs(_number(best.difference)):.4f} nats ({abs(_number(best.bits_per_byte_difference)):.4f} bits per byte) {budget}"
-    outcome = f"{best.name} is ahead of {base.name} by {gap}" if ahead else (
-        f"No arm beats {base.name}: the closest, {best.name}, is behind by {gap}"
-    )  # fmt: skip
+    if ahead:
+        outcome = f"{best.name} is ahead of {base.name} by {gap}"
+    else:
+        outcome = f"No arm beats {base.name}: the closest, {best.name}, is behind by {gap}"
     if best.difference_deviation is None:
         spread = "; with one seed the spread is unknown, so repeat it with --seeds 3."
     else:
@@ -182,22 +195,20 @@ def _outcome(best: ArmSummary, base: ArmSummary) -> str:
     return outcome + spread + plain
 
 
-def _data_used(others: Sequence[ArmSummary], base: ArmSummary) -> str:
-    used = [
-        f"{arm.name} {arm.data_tokens / base.data_tokens:.2f}× as many ({quantity(arm.data_tokens)})"
-        for arm in others
-        if arm.data_tokens and base.data_tokens
-    ]
-    return f"{base.name} read {quantity(base.data_tokens)} data tokens; {', '.join(used)}."
+def _data_used(arms: Sequence[ArmSummary], base: ArmSummary) -> str:
+    baseline = _number(base.data_tokens)
+    used = [f"{arm.name} {quantity(arm.data_tokens)} ({_number(arm.data_tokens) / baseline:.2f}×)" for arm in arms]
+    return f"Data tokens: {base.name} {quantity(baseline)}, {', '.join(used)}."
 
 
 def table(summaries: Sequence[ArmSummary]) -> Table:
-    """The results for a terminal."""
+    """The results for a terminal: an arm a column, so that a few arms fit into 80 characters."""
     result = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in COLUMNS:
-        result.add_column(column, justify="left" if column == "arm" else "right", overflow="fold")
+    result.add_column(overflow="fold")
     for arm in summaries:
-        result.add_row(*map(Text, _cells(arm)))
+        result.add_column(Text(arm.name), justify="right", overflow="fold")
+    for name, *values in zip(COLUMNS[1:], *(_cells(arm)[1:] for arm in summaries), strict=True):
+        result.add_row(*map(Text, [name, *values]))
     return result
 
 
@@ -211,7 +222,7 @@ def _cells(arm: ArmSummary) -> list[str]:
         _or_dash(arm.bits_per_byte, lambda value: f"{value:.4f}"),
         _or_dash(None if is_baseline else arm.speed_up, lambda value: f"{value:.2f}×"),
         quantity(arm.data_tokens),
-        quantity(arm.flops, FLOPS_PREFIXES),
+        _or_dash(arm.flops, lambda value: _short(value, FLOPS_PREFIXES, "FLOPs")),
         _or_dash(arm.seconds, duration),
         quantity(arm.positions_per_second),
     ]
@@ -226,17 +237,15 @@ def _plus_minus(mean: float | None, deviation: float | None, sign: str = "") -> 
     return text if deviation is None else f"{text} ± {deviation:.4f}"
 
 
-def quantity(value: float | None, prefixes: Sequence[str] = COUNT_PREFIXES) -> str:
-    """Three digits and a prefix: 12300000 is 12.3M; a dash for None."""
+def quantity(value: float | None) -> str:
+    """A count in three digits and a prefix: 12300000 is 12.3M; a dash for None."""
+    return _or_dash(value, _short)
 
-    def text(number: float) -> str:
-        if number < 1000:
-            return f"{number:.3g}"
-        scale, prefix = _scale(number, prefixes)
-        scaled = number / scale
-        return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f}{prefix}"
 
-    return _or_dash(value, text)
+def _short(value: float, prefixes: Sequence[str] = COUNT_PREFIXES, unit: str = "") -> str:
+    scale, prefix = _scale(value, prefixes)
+    digits = f"{value / scale:#.3g}".rstrip(".") if scale > 1 else f"{value:.3g}"
+    return f"{digits} {prefix}{unit}" if unit else digits + prefix
 
 
 def _scale(peak: float, prefixes: Sequence[str] = COUNT_PREFIXES) -> tuple[float, str]:
@@ -247,21 +256,21 @@ def _scale(peak: float, prefixes: Sequence[str] = COUNT_PREFIXES) -> tuple[float
 
 def duration(seconds: float) -> str:
     """Seconds as people say them: 42.0 s, 12 min 5 s, 3 h 20 min, 4 d 6 h."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
     whole = round(seconds)
     for size, name, small, small_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if whole >= size:
             return f"{whole // size} {name} {whole % size // small} {small_name}"
-    return f"{whole} s"
+    return f"{seconds:.1f} s"
 
 
 # Plots
 
-STYLE = {
+STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlepad": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#666666",
@@ -334,7 +343,7 @@ def _loss_range(results: dict[str, Any]) -> tuple[float, float] | None:
     if not runs:
         return None
     finals = [run["final_loss"] for run in runs]
-    lowest = min([*finals, *(loss for run in runs for loss in _curve([run], "evaluations", "step", "eval_loss")[1] if loss > 0)])
+    lowest = min(_number(row["eval_loss"]) for run in runs for row in run["evaluations"] if row["eval_loss"] is not None)
     early = float(np.interp(0.15 * steps[-1], steps, losses)) if steps else math.nan
     highest = max(value for value in [*finals, early] if math.isfinite(value))
     margin = 0.05 * (highest - lowest) or 0.05
@@ -345,15 +354,14 @@ def _draw_loss(results: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(9, 6.6))
     grid = figure.subplots(2, 2, sharey=True)
     colours, limits = _colours(results), _loss_range(results)
-    for axes, (x, words) in zip(
-        grid.flat, (("step", "steps"), ("flops", "FLOPs"), ("data_tokens", "data tokens"), ("seconds", "time")), strict=True
-    ):
-        rows = [row for arm in results["arms"] for run in arm["runs"] for row in run["evaluations"]]
+    rows = [row for arm in results["arms"] for run in arm["runs"] for row in run["evaluations"]]
+    panels = (("step", "steps"), ("flops", "FLOPs"), ("data_tokens", "data tokens"), ("seconds", "time"))
+    for axes, (x, words) in zip(grid.flat, panels, strict=True):
         scale, unit = _axis(x, max((row[x] for row in rows), default=0))
         for arm in results["arms"]:
             _draw_runs(axes, arm, "evaluations", x, "eval_loss", scale, colours[arm["name"]])
             _mark_switches(axes, arm, x, scale, colours[arm["name"]])
-        axes.set_title(f"against {words}", fontweight="bold")
+        axes.set_title(f"against {words}")
         axes.set_xlabel(unit)
         axes.set_xlim(left=0)
     if limits:
@@ -365,7 +373,7 @@ def _draw_loss(results: dict[str, Any]) -> Figure:
     if any(_switches(arm) for arm in results["arms"]):
         extra.append(Line2D([], [], color="#666666", linestyle=":", marker="v", markersize=6, label="switch of stage"))
     if any(_diverged(run) for arm in results["arms"] for run in arm["runs"]):
-        extra.append(Line2D([], [], color="#666666", linestyle="", marker="x", label="diverged run, its last value"))
+        extra.append(Line2D([], [], color="#666666", linestyle="", marker="x", label="a run diverged here"))
     _legend(figure, results, *extra)
     return figure
 
@@ -380,7 +388,7 @@ def _axis(x: str, peak: float) -> tuple[float, str]:
         words = {"": "", "K": " (thousands)", "M": " (millions)", "B": " (billions)", "T": " (trillions)"}
         return scale, f"data tokens{words[prefix]}"
     if x == "seconds":
-        scale, name = next(unit for unit in ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds")) if peak >= 3 * unit[0] or unit[0] == 1)
+        scale, name = (3600.0, "hours") if peak >= 10800 else (60.0, "minutes") if peak >= 180 else (1.0, "seconds")
         return scale, f"training time ({name})"
     return 1.0, "optimizer steps"
 
@@ -399,16 +407,33 @@ def _mark_switches(axes: Axes, arm: dict[str, Any], x: str, scale: float, colour
 
 def _note_curves_above(axes: Axes, results: dict[str, Any], top: float, colours: dict[str, str]) -> None:
     """Say which superposed arms lie above the visible range, and how far."""
-    line = 0
+    highest = {}
     for arm in results["arms"]:
         superposed = sum(stage["steps"] for stage in arm["schedule"]["stages"] if stage["bag_size"] > 1)
         steps, losses = _curve(_finished(arm), "evaluations", "step", "eval_loss")
         above = [loss for step, loss in zip(steps, losses, strict=True) if 0 < step <= superposed and loss > top]
         if above:
-            note = f"↑ {arm['name']}: up to {max(above):.1f} while superposed"
-            place = {"xycoords": "axes fraction", "textcoords": "offset points", "xytext": (0, -13 * line)}
-            axes.annotate(note, (0.985, 0.975), ha="right", va="top", fontsize=8.5, color=colours[arm["name"]], **place)
-            line += 1
+            highest[arm["name"]] = max(above)
+    if len(highest) > 2:
+        _write_lines(axes, [(f"↑ superposed arms: up to {max(highest.values()):.1f}", "#444444")])
+    else:
+        _write_lines(axes, [(f"↑ {name}: up to {loss:.1f} while superposed", colours[name]) for name, loss in highest.items()])
+
+
+def _write_lines(axes: Axes, lines: Iterable[tuple[str, str]]) -> None:
+    """Text and colour of each line, from the upper right corner down, where a falling curve leaves room."""
+    for i, (text, colour) in enumerate(lines):
+        axes.annotate(
+            text,
+            (0.985, 0.975),
+            xycoords="axes fraction",
+            xytext=(0, -13 * i),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=8.5,
+            color=colour,
+        )
 
 
 def _draw_final(results: dict[str, Any]) -> Figure:
@@ -420,12 +445,10 @@ def _draw_final(results: dict[str, Any]) -> Figure:
         axes.axvline(base.final_loss, color=BASELINE_COLOUR, linewidth=1, linestyle="--")
     for row, (arm, summary) in enumerate(zip(results["arms"], summaries, strict=True)):
         colour, losses = colours[arm["name"]], [run["final_loss"] for run in _finished(arm)]
-        axes.plot(losses, [row] * len(losses), linestyle="", marker="o", markersize=6, color=colour, alpha=0.45, markeredgewidth=0)
-        if summary.final_loss is not None:
-            axes.errorbar(
-                summary.final_loss, row, xerr=summary.final_loss_deviation, color=colour, marker="|", markersize=18,
-                markeredgewidth=2.4, capsize=4, linewidth=1.5,
-            )  # fmt: skip
+        if summary.final_loss is not None and summary.final_loss_deviation is not None:
+            bar: dict[str, Any] = {"marker": "|", "markersize": 20, "markeredgewidth": 2.2, "capsize": 0, "linewidth": 1.6}
+            axes.errorbar(summary.final_loss, row, xerr=summary.final_loss_deviation, color=colour, **bar)
+        axes.plot(losses, [row] * len(losses), "o", markersize=7, color=colour, markeredgecolor="white", zorder=3)
         label = _plus_minus(summary.final_loss, summary.final_loss_deviation) if losses else "diverged"
         if summary is not base and summary.difference is not None:
             label += f"   ({_plus_minus(summary.difference, None, '+')})"
@@ -434,16 +457,16 @@ def _draw_final(results: dict[str, Any]) -> Figure:
     axes.set_ylim(len(summaries) - 0.5, -0.5)
     axes.margins(x=0.08)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("final validation loss (nats per token): lower is better")
-    axes.set_title(f"dots: seeds · bar: mean ± standard deviation · dashed: mean of {base.name} · in brackets: difference", fontsize=9)
+    axes.set_xlabel("nats per token, lower is better")
+    axes.set_title(f"final validation loss (in brackets: against {base.name})")
     return figure
 
 
 def _draw_training(results: dict[str, Any]) -> Figure:
-    figure = Figure(figsize=(9, 7.4))
+    figure, colours = Figure(figsize=(9, 7.4)), _colours(results)
     loss, rate, speed = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1.1, 1.1))
     for arm in results["arms"]:
-        colour = _colours(results)[arm["name"]]
+        colour = colours[arm["name"]]
         _draw_training_loss(loss, arm, colour)
         for axes, name in ((rate, "learning_rate"), (speed, "positions_per_second")):
             xs, ys = _curve(_finished(arm), "training", "step", name)
@@ -451,19 +474,27 @@ def _draw_training(results: dict[str, Any]) -> Figure:
         for axes in (loss, rate, speed):
             for switch in _switches(arm):
                 axes.axvline(switch, color=colour, linestyle=":", linewidth=1.1)
-    _annotate_spikes(loss, results)
+    spikes = [
+        (
+            f"{arm['name']}, step {row.step}: bag size {row.bags}, loss {_plus_minus(row.height, None, '+')}",
+            colours[arm["name"]],
+        )
+        for arm in results["arms"]
+        for row in _switch_means(arm)
+        if row.height is not None
+    ]
+    _write_lines(loss, spikes)
     shown = [y for arm in results["arms"] for run in _finished(arm) for y in _curve([run], "training", "step", "loss")[1]]
     shown = [y for y in shown if math.isfinite(y)]
     if shown:
         margin = 0.04 * (max(shown) - min(shown)) or 0.05
         loss.set_ylim(min(shown) - margin, max(shown) + margin)
-    loss.set_title("training loss: dashed lines are bag losses, not comparable with the plain loss (solid)", fontweight="bold")
+    loss.set_title("training loss: dashed lines are bag losses, not comparable with the plain loss (solid)")
     loss.set_ylabel("nats per target token")
-    rate.set_title("learning rate", fontweight="bold")
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=False)
-    speed.set_title("throughput", fontweight="bold")
-    speed.set_ylabel("positions per second")
-    speed.yaxis.set_major_formatter(lambda value, _: quantity(value))
+    rate.set_title("learning rate")
+    rate.yaxis.set_major_formatter("{x:g}")
+    speed.set_title("positions per second")
+    speed.yaxis.set_major_formatter(lambda value, _: "{:g}{}".format(value / _scale(value)[0], _scale(value)[1]))
     for axes in (rate, speed):
         axes.set_ylim(bottom=0)
     speed.set_xlabel("optimizer steps")
@@ -491,16 +522,6 @@ def _draw_training_loss(axes: Axes, arm: dict[str, Any], colour: str) -> None:
             axes.plot(xs, ys, color=colour, linestyle=style, linewidth=width, alpha=alpha)
 
 
-def _annotate_spikes(axes: Axes, results: dict[str, Any]) -> None:
-    line = 0
-    for arm in results["arms"]:
-        for row in _switch_means(arm):
-            text = f"{arm['name']}, step {row.step}: bag size {row.bags}, {_plus_minus(row.height, None, '+')} nats"
-            place = {"xycoords": "axes fraction", "textcoords": "offset points", "xytext": (0, -13 * line)}
-            axes.annotate(text, (0.99, 0.97), ha="right", va="top", fontsize=8.5, color=_colours(results)[arm["name"]], **place)
-            line += 1
-
-
 @dataclass(frozen=True)
 class _SwitchMeans:
     step: int
@@ -515,21 +536,25 @@ def _switch_means(arm: dict[str, Any]) -> list[_SwitchMeans]:
     """Each switch of an arm, averaged over the seeds that finished; recovery only where every one of them recovered."""
     rows = []
     for switches in zip(*(run["switches"] for run in _finished(arm)), strict=True):
-        columns = {name: [switch[name] for switch in switches] for name in ("loss_before", "loss_after", "height", "steps_to_recover")}
-        means = {name: None if None in values else fmean(values) for name, values in columns.items()}
+        columns = [
+            [switch[name] for switch in switches] for name in ("loss_before", "loss_after", "height", "steps_to_recover")
+        ]
+        means = [None if None in values else fmean(values) for values in columns]
         bags = f"{switches[0]['from_bag_size']} → {switches[0]['to_bag_size']}"
-        rows.append(_SwitchMeans(switches[0]["step"], bags, *means.values()))
+        rows.append(_SwitchMeans(switches[0]["step"], bags, *means))
     return rows
 
 
 # The page
 
 CAPTIONS = {
-    "loss": "Validation loss, which is plain next-token loss throughout, against four measures of cost. Thin lines are seeds, thick "
-    "ones their mean. The range is cropped: a superposed model has not yet been asked for single next tokens and scores high on them.",
-    "final": "Final validation loss of each seed, with the mean and the sample standard deviation.",
-    "training": "Training loss, learning rate and throughput. A step of a bag stage reads more data tokens for each position, so "
-    "throughput is counted in positions.",
+    "loss": "Validation loss, which is plain next-token loss throughout, against four measures of cost. Thin lines are seeds, "
+    "thick ones their mean. The range is cropped: while a model is superposed it has not yet been asked for single next tokens "
+    "and does badly on them.",
+    "final": "Final validation loss. Dots are seeds, the bar is their mean ± the sample standard deviation, the dashed line is "
+    "the baseline’s mean; in brackets, the difference to the baseline.",
+    "training": "Training loss, learning rate and throughput, as means over the seeds that finished (thin lines are seeds). At "
+    "the upper right, the jump of the loss at each switch.",
 }
 
 PAGE = Template("""<!doctype html>
@@ -540,13 +565,15 @@ PAGE = Template("""<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>$name – superpose comparison</title>
 <style>
-:root { color-scheme: light dark; --text: #1d2329; --soft: #5b6670; --page: #fafbfc; --card: #ffffff; --line: #dfe4e8; --accent: #0072b2; }
+:root { color-scheme: light dark; --text: #1d2329; --soft: #5b6670; --page: #fafbfc; --card: #ffffff;
+  --line: #dfe4e8; --accent: #0072b2; }
 @media (prefers-color-scheme: dark) {
   :root { --text: #e4e8ec; --soft: #9aa5b0; --page: #14181c; --card: #1c2227; --line: #333c44; --accent: #56b4e9; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2.2rem 1.2rem 4rem; max-width: 62rem; background: var(--page); color: var(--text);
-  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; overflow-wrap: break-word; }
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+  overflow-wrap: break-word; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.2rem; margin: 2.4rem 0 .7rem; padding-bottom: .3rem; border-bottom: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 0 0 .5rem; }
@@ -555,18 +582,20 @@ p { margin: .6rem 0; }
 .verdict { margin: 1.4rem 0; padding: 1rem 1.2rem; background: var(--card); border: 1px solid var(--line);
   border-left: .3rem solid var(--accent); border-radius: .4rem; font-size: 1.08rem; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .45rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+table { border-collapse: collapse; width: 100%; font-size: .86rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .45rem .5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; font-weight: 600; }
 figure { margin: 1.2rem 0 1.8rem; }
-figure img { display: block; width: 100%; height: auto; background: #fff; padding: .6rem; border: 1px solid var(--line); border-radius: .4rem; }
+figure img { display: block; width: 100%; height: auto; background: #fff; padding: .6rem;
+  border: 1px solid var(--line); border-radius: .4rem; }
 figcaption { margin-top: .5rem; }
 .columns { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .4rem; padding: .9rem 1.1rem; min-width: 0; }
 pre, code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .84rem; }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.45; }
-pre.block { background: var(--card); border: 1px solid var(--line); border-radius: .4rem; padding: .8rem 1rem; margin: .6rem 0; }
+pre.block { background: var(--card); border: 1px solid var(--line); border-radius: .4rem;
+  padding: .8rem 1rem; margin: .6rem 0; }
 .card pre { max-height: 24rem; overflow: auto; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem .9rem; margin: 0; font-size: .88rem; }
 dt { color: var(--soft); }
@@ -590,24 +619,24 @@ summary { cursor: pointer; color: var(--accent); }
 <p class="verdict">$verdict</p>
 <h2>Results</h2>
 <div class="scroll">$results</div>
-<p class="soft">± is the sample standard deviation over seeds. “Against baseline” is the mean of the differences between runs of the
-same seed: negative is better. “Speed-up” is the baseline’s number of steps divided by the step at which the arm first reaches the
-baseline’s final loss; a dash means that it does not get there with every seed.</p>
+<p class="soft">± is the sample standard deviation over seeds. “Against baseline” is the mean of the differences between
+runs of the same seed: negative is better. “Speed-up” is the baseline’s number of steps divided by the step at which the arm
+first reaches the baseline’s final loss; a dash means that it does not get there with every seed.</p>
 $figures
 $switches
 <h2>How to read it</h2>
 <div class="columns">
-<div class="card"><h3>Positions, data tokens and FLOPs</h3><p>A position is one place in a sequence that the model computes. In a
-superposed stage the mean embedding of a bag of tokens fills one position, so a step reads more data tokens while it computes the
-same positions at the same cost. $equal_flops Time is measured, without evaluation and saving, and differs from FLOPs by what the
-machine makes of them.</p></div>
-<div class="card"><h3>Bag loss is not validation loss</h3><p>In a superposed stage the training loss is the mean cross-entropy of all
-tokens in the next bag, predicted at once: a harder and another question than the next token, so its level says nothing about the
-baseline’s. Arms are compared by validation loss only, which asks for single next tokens in every stage and is therefore high until
-the switch to plain training.</p></div>
-<div class="card"><h3>What the speed-up leaves out</h3><p>It is read off one curve, interpolated between evaluations, of a run whose
-learning rate was planned for its full length. It counts steps, not data: where text is scarce, compare the arms against data
-tokens.</p></div>
+<div class="card"><h3>Positions, data tokens and FLOPs</h3>
+<p>A position is one place in a sequence that the model computes. In a superposed stage the mean embedding of a bag of tokens
+fills one position, so a position costs the same and reads more data. $equal_flops Time is measured, without evaluation and
+saving, and depends on the machine.</p></div>
+<div class="card"><h3>Bag loss is not validation loss</h3>
+<p>In a superposed stage the training loss is the mean cross-entropy of all tokens in the next bag, predicted at once. That is
+another question than the next token, so its level cannot be held against the baseline’s. Arms are compared by validation loss
+only, which asks for single next tokens in every stage and is therefore high until the switch to plain training.</p></div>
+<div class="card"><h3>What the speed-up leaves out</h3>
+<p>It is read off one curve, interpolated between evaluations, of a run whose learning rate was planned for its full length. It
+counts steps, not data: where text is scarce, compare the arms against data tokens.</p></div>
 </div>
 $samples
 <h2>Runs</h2>
@@ -662,8 +691,10 @@ def _subtitle(results: dict[str, Any]) -> str:
 def _equal_flops(summaries: Sequence[ArmSummary]) -> str:
     costs = [arm.flops for arm in summaries if arm.flops]
     if costs and max(costs) < 1.01 * min(costs):
-        return "Equal FLOPs means that every arm here spent the same compute, counted from the model’s shape; only the data differ."
-    return "The arms here did not spend equal FLOPs, counted from the model’s shape: compare them against FLOPs, not against steps."
+        return (
+            "Equal FLOPs means that every arm here spent the same compute, counted from the model’s shape; their data differ."
+        )
+    return "The arms here did not spend equal FLOPs, counted from the model’s shape: compare them against FLOPs, not steps."
 
 
 def _html_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -695,9 +726,9 @@ def _html_switches(results: dict[str, Any]) -> str:
         return ""
     columns = ("arm", "step", "bag size", "loss before", "loss after", "height, nats", "steps to recover")
     note = (
-        "Training loss, mean over seeds: the last value before the switch and the highest just after it. With a change of bag size the "
-        "two are different losses, so the height tells how rough the switch is and not how much was lost. “Steps to recover” is how long "
-        "it takes to come back to the value before; a dash means that a seed does not."
+        "Training loss, mean over seeds: the last value before the switch and the highest just after it. Where the bag size "
+        "changes these are different losses, so the height tells how rough the switch is, not what was lost. “Steps to "
+        "recover” is the time until the loss is as low as before; a dash means that it is not, with some seed."
     )
     return f'<h2>Switches</h2><div class="scroll">{_html_table(columns, rows)}</div><p class="soft">{note}</p>'
 
@@ -713,7 +744,17 @@ def _html_samples(results: dict[str, Any]) -> str:
 
 
 def _html_runs(results: dict[str, Any]) -> str:
-    columns = ("arm", "seed", "final loss, nats", "bits per byte", "perplexity", "epochs of the data", "positions", "time", "peak memory")
+    columns = (
+        "arm",
+        "seed",
+        "final loss, nats",
+        "bits per byte",
+        "perplexity",
+        "epochs",
+        "positions",
+        "time",
+        "peak memory",
+    )
     rows = [
         [
             arm["name"],

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from superpose.accounting import count_parameters
@@ -32,7 +32,19 @@ from superpose.models import attach
 from superpose.schedule import Schedule
 
 #: Fields that may differ between a run and its resumption: they do not touch the weights.
-FREE = ("eval_", "logging_", "save_", "report_to", "run_name", "project", "disable_tqdm", "dataloader_", "per_device_", "log_", "bf16_full_eval")
+FREE = (
+    "eval_",
+    "logging_",
+    "save_",
+    "report_to",
+    "run_name",
+    "project",
+    "disable_tqdm",
+    "dataloader_",
+    "per_device_",
+    "log_",
+    "bf16_full_eval",
+)
 
 
 def train(recipe: Recipe, out: str | Path, *, resume: bool = False) -> dict[str, Any]:
@@ -90,26 +102,32 @@ def _train(recipe: Recipe, out: Path, store: TokenStore, validation: TokenStore,
             summary["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         summary["parameters"] = count_parameters(model)["total"]
         if not trainer.diverged:
-            options = {"max_new_tokens": recipe.sample.max_new_tokens, "temperature": recipe.sample.temperature}
-            summary["samples"] = [generate(out / "model", prompt, seed=recipe.seed, **options) for prompt in recipe.sample.prompts]
+            length, temperature = recipe.sample.max_new_tokens, recipe.sample.temperature
+            summary["samples"] = [
+                generate(out / "model", prompt, max_new_tokens=length, temperature=temperature, seed=recipe.seed)
+                for prompt in recipe.sample.prompts
+            ]
         (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     trainer.accelerator.wait_for_everyone()
     return summary
 
 
-def build_model(section: ModelSection, vocab_size: int) -> PreTrainedModel:
-    """The recipe's model in float32: random weights of its architecture, or those at its path. It must hold ``vocab_size`` ids."""
+def build_model(section: ModelSection, vocab_size: int) -> Any:
+    """The recipe's model in float32: random weights of its architecture, or those at its path; at least ``vocab_size`` rows."""
+    model: Any
     try:
         if section.path:
             model = AutoModelForCausalLM.from_pretrained(section.path, dtype=torch.float32)
         else:
-            config = AutoConfig.for_model(section.architecture, **{"vocab_size": vocab_size, **section.shape})
+            config = AutoConfig.for_model(str(section.architecture), **{"vocab_size": vocab_size, **section.shape})
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"model: {_first_line(error)}") from None
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < vocab_size:
-        raise InputError(f"model.vocab_size is {rows}, but the data's tokenizer has {vocab_size} tokens: leave it out or raise it")
+        raise InputError(
+            f"model.vocab_size is {rows}, but the data's tokenizer has {vocab_size} tokens: leave it out or raise it"
+        )
     return model
 
 
