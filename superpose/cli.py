@@ -3,6 +3,7 @@
 Bad input is one line on the standard error and exit code 2.
 """
 
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +14,10 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from superpose.errors import InputError
+
+Fields = Annotated[tuple[str, ...], arg(name="set")]
+#: section.field=value, which may stand anywhere on the command line
+FIELD = re.compile(r"(--)?(name|seed|[a-z]+(\.\w+)+)=")
 
 
 def prepare(
@@ -60,21 +65,19 @@ def prepare(
     )
 
 
-def train(
-    recipe: Positional[Path], overrides: Positional[tuple[str, ...]] = (), out: Path | None = None, resume: bool = False
-) -> None:
+def train(recipe: Positional[Path], fields: Fields = (), out: Path | None = None, resume: bool = False) -> None:
     """Train a recipe. Under torchrun or accelerate launch the same command trains on many processes.
 
     Args:
         recipe: A recipe in TOML.
-        overrides: Fields to change, such as training.steps=100 or superposition.bag_size=8.
+        fields: Fields to change, such as training.steps=100 superposition.bag_size=8; the --set may be left out.
         out: Directory of the run, runs/NAME by default; it must be new.
         resume: Continue the run in it from its last checkpoint.
     """
     from superpose.experiment.recipe import load_recipe
     from superpose.experiment.train import train
 
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, fields)
     out = out or Path("runs") / loaded.name
     summary = train(loaded, out, resume=resume)
     if not summary:
@@ -102,7 +105,7 @@ def train(
 
 def compare(
     recipe: Positional[Path],
-    overrides: Positional[tuple[str, ...]] = (),
+    fields: Fields = (),
     out: Path | None = None,
     arms: str = "baseline,tst",
     seeds: int = 1,
@@ -111,16 +114,17 @@ def compare(
 
     Args:
         recipe: A recipe in TOML; the arm tst is the recipe itself.
-        overrides: Fields to change, such as training.steps=100.
+        fields: Fields to change, such as training.steps=100 superposition.bag_size=8; the --set may be left out.
         out: Directory of the comparison, runs/NAME-compare by default.
         arms: Arms separated by commas: baseline, tst, input-only, output-only, power-law, exponential, first, sum-to-one.
         seeds: Seeds of each arm, counted from the recipe's.
     """
     from superpose.experiment.compare import compare
     from superpose.experiment.recipe import load_recipe
-    from superpose.experiment.report import summarise, table, verdict, write_report
+    from superpose.experiment.report import write_report
+    from superpose.experiment.summary import summarise, table, verdict
 
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, fields)
     out = out or Path("runs") / f"{loaded.name}-compare"
     results = compare(loaded, out, arms=[arm.strip() for arm in arms.split(",")], seeds=seeds)
     if not results:
@@ -133,7 +137,7 @@ def compare(
     console.rule()
     summaries = summarise(results)
     console.print(table(summaries))
-    console.print(verdict(summaries))
+    console.print(verdict(summaries), markup=False)
     console.print(f"report: {report}")
 
 
@@ -178,8 +182,13 @@ def sample(
 def main() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"superpose: {message}\n"
     commands: dict[str, Any] = {"prepare": prepare, "train": train, "compare": compare, "evaluate": evaluate, "sample": sample}
+    arguments = [argument for argument in sys.argv[1:] if argument != "--set" and not FIELD.match(argument)]
+    fields = [argument for argument in sys.argv[1:] if FIELD.match(argument)]
+    if fields:
+        arguments.append("--set")
+    description = "Token-Superposition Training."
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, prog="superpose", description="Token-Superposition Training.")
+        tyro.extras.subcommand_cli_from_dict(commands, args=arguments + fields, prog="superpose", description=description)
     except InputError as error:
         print(f"superpose: {error}", file=sys.stderr)
         sys.exit(2)

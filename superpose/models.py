@@ -1,9 +1,10 @@
 """Any transformers causal language model, made to read bags and to learn from them, and made stock again.
 
-`attach` puts a class in front of the model's own, which changes three things and no module, parameter or file:
+`attach` puts classes in front of those of the model, its embedding and its head, which changes these things and no module,
+parameter or file:
 
-* ids with a bag axis, ``[batch, positions, bag]``, become the mean of their embeddings inside the model's forward (under
-  FSDP2 the embedding's weight is whole only there), and go in as ``inputs_embeds``;
+* ids with a bag axis, ``[batch, positions, bag]``, become the mean of their embeddings and go in as ``inputs_embeds``. The
+  embedding's own forward takes the mean, inside the model's: under FSDP2 its weight is whole only there;
 * while the model trains, or whenever labels have a bag axis, its head hands the hidden states through and its
   ``loss_function`` gets them with the head's weight: `superpose.loss.linear_multi_hot_cross_entropy`, in both phases and for
   the baseline. The model's own forward stays in charge, so auxiliary losses and linear scalings of the logits are kept. No
@@ -38,11 +39,13 @@ def attach(model: Any, *, sum_to_one: bool = False) -> Any:
     """
     if isinstance(model, _Superposed):
         raise ValueError("the model is attached already: detach it first")
-    _embedding_scale(_input_embedding(model))
-    head = _head(model)
+    table, head = _input_embedding(model), _head(model)
+    _embedding_scale(table)
+    lean = _takes_lean_loss(model, head)
     model.__class__ = _superposed_class(type(model))
     model._superpose = _State(sum_to_one)
-    if _takes_lean_loss(model, head):
+    table.__class__ = _bag_embedding_class(type(table))
+    if lean:
         head.__class__ = _pass_through_class(type(head))
         head.hands_through = False
     return model
@@ -52,10 +55,11 @@ def detach(model: Any) -> Any:
     """Undo `attach`: the same model, of its stock class again."""
     if not isinstance(model, _Superposed):
         raise ValueError("the model is not attached")
-    head = _head(model)
+    table, head = _input_embedding(model), _head(model)
     if isinstance(head, _PassThrough):
         del head.hands_through
         head.__class__ = type(head).__mro__[2]
+    table.__class__ = type(table).__mro__[2]
     del model._superpose
     model.__class__ = type(model).__mro__[2]
     return model
@@ -77,6 +81,10 @@ class _Superposed:
     _superpose: _State
 
 
+class _BagEmbedding:
+    """Marks the class that stands in front of an attached embedding's own."""
+
+
 class _PassThrough:
     """Marks the class that stands in front of an attached head's own."""
 
@@ -96,9 +104,7 @@ def _superposed_class(stock: Any) -> Any:
         weights = kwargs.pop("position_weights", None)
         labels = kwargs.get("labels")
         if input_ids is not None and input_ids.dim() == 3:
-            table = _input_embedding(self)
-            embeddings = bag_mean(_whole(table.weight), input_ids)
-            kwargs["inputs_embeds"] = embeddings * _embedding_scale(table).to(embeddings.dtype)
+            kwargs["inputs_embeds"] = _input_embedding(self)(input_ids)
             input_ids = None
         state, head = self._superpose, _head(self)
         in_bags = labels is not None and labels.dim() == 3
@@ -138,6 +144,16 @@ def _superposed_class(stock: Any) -> Any:
     return type(stock.__name__, (_Superposed, stock), members)
 
 
+def _bag_embedding_class(stock: Any) -> Any:
+    def forward(self: Any, ids: Tensor) -> Tensor:
+        if ids.dim() < 3:
+            return stock.forward(self, ids)
+        embeddings = bag_mean(self.weight, ids)
+        return embeddings * _embedding_scale(self).to(embeddings.dtype)
+
+    return type(stock.__name__, (_BagEmbedding, stock), {"forward": forward, "__module__": stock.__module__})
+
+
 def _pass_through_class(stock: Any) -> Any:
     def forward(self: Any, hidden: Tensor) -> Tensor:
         return hidden if self.hands_through else stock.forward(self, hidden)
@@ -156,7 +172,12 @@ def _loss(
     options = {"weights": weights, "ignore_index": IGNORE_INDEX, "sum_to_one": state.sum_to_one}
     targets = targets.to(logits.device)
     if isinstance(head, _PassThrough):
-        return linear_multi_hot_cross_entropy(logits, _whole(head.weight), targets, **options)
+        if hasattr(head.weight, "device_mesh"):
+            raise ValueError(
+                "the head's weight is sharded when the loss needs it: shard the head with its root, or with "
+                "reshard_after_forward=False (Accelerate does so)"
+            )
+        return linear_multi_hot_cross_entropy(logits, head.weight, targets, **options)
     return multi_hot_cross_entropy(logits, targets, **options)
 
 
@@ -164,11 +185,6 @@ def _without_logits(outputs: Any) -> Any:
     if isinstance(outputs, tuple):
         return (outputs[0], None, *outputs[2:])
     return type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """The weight itself; gathered if its module is sharded apart from the root (FSDP2)."""
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 def _input_embedding(model: Any) -> Any:
@@ -187,12 +203,10 @@ def _head(model: Any) -> Any:
 
 def _embedding_scale(table: nn.Embedding) -> Tensor:
     """The factor that a scaled embedding (Gemma 3) puts on its rows; linear, so it commutes with the mean."""
-    if type(table).forward is nn.Embedding.forward:
-        return torch.ones((), device=table.weight.device)
     scale = getattr(table, "embed_scale", None)
-    if scale is None:
+    if scale is None and not isinstance(table, _BagEmbedding) and type(table).forward is not nn.Embedding.forward:
         raise ValueError(f"{type(table).__name__} changes its embeddings in a way that superpose does not know")
-    return torch.as_tensor(scale, device=table.weight.device)
+    return torch.as_tensor(1.0 if scale is None else scale, device=table.weight.device)
 
 
 def _takes_lean_loss(model: Any, head: nn.Module) -> bool:

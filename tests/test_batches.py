@@ -1,11 +1,13 @@
 import pickle
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from superpose import InputError, Schedule, ScheduledTokens, Stage, TokenStore, bags
+from superpose.data import batches
 
 SCHEDULE = Schedule.staged(
     [
@@ -31,10 +33,28 @@ def test_each_stage_gives_its_shapes(data):
     assert len(data) == 11 * 3
 
 
-def test_the_stream_is_read_once_and_in_order_across_every_switch(data, store):
-    read = torch.cat([data[index]["input_ids"].flatten() for index in range(len(data))])
-    assert len(read) == SCHEDULE.data_tokens(16, 3)
-    assert read.tolist() == TokenStore(store).read(0, len(read)).tolist()
+def test_each_stage_reads_its_part_of_the_stream_once(data, store):
+    tokens = TokenStore(store)
+    for first, end in pairwise([0, *SCHEDULE.switches, SCHEDULE.steps]):
+        start, stop = SCHEDULE.token_offset(first, 16, 3), SCHEDULE.token_offset(end, 16, 3)
+        read = sorted(tuple(data[index]["input_ids"].flatten().tolist()) for index in range(3 * first, 3 * end))
+        window = SCHEDULE.stage_at(first).window(16)
+        assert read == sorted(tuple(tokens.read(at, window).tolist()) for at in range(start, stop, window))
+
+
+def test_windows_are_mixed_by_the_seed_and_within_blocks(store, monkeypatch):
+    def offsets(seed):
+        data = ScheduledTokens(store, Schedule.baseline(20), positions=16, sequences_per_step=2, seed=seed)
+        stream = TokenStore(store).read(0, 640).tolist()
+        windows = {tuple(stream[at : at + 16]): at // 16 for at in range(0, 640, 16)}
+        return [windows[tuple(data[index]["input_ids"].tolist())] for index in range(40)]
+
+    assert offsets(0) == offsets(0) != offsets(1)
+    assert offsets(0) != sorted(offsets(0))
+    monkeypatch.setattr(batches, "BLOCK", 16)
+    order = offsets(0)
+    assert [sorted(order[at : at + 16]) for at in (0, 16, 32)] == [list(range(16)), list(range(16, 32)), list(range(32, 40))]
+    assert order[:16] != order[16:32]
 
 
 def test_labels_by_mode(data):
@@ -59,12 +79,13 @@ def test_an_unordered_batch_is_refused(data):
         data.__getitems__([0, 9])
 
 
-def test_start_moves_the_stream_and_wraps_around(store):
-    plain = ScheduledTokens(store, Schedule.baseline(4), positions=16, sequences_per_step=1)
-    moved = ScheduledTokens(store, Schedule.baseline(4), positions=16, sequences_per_step=1, start=16)
-    assert torch.equal(moved[0]["input_ids"], plain[1]["input_ids"])
-    late = ScheduledTokens(store, Schedule.baseline(4), positions=16, sequences_per_step=1, start=plain.epoch_tokens - 8)
-    assert torch.equal(late[0]["input_ids"][8:], plain[0]["input_ids"][:8])
+def test_a_window_over_the_end_of_an_epoch_continues_at_the_start(store):
+    tokens = TokenStore(store).tokens
+    with pytest.warns(UserWarning, match="epochs"):
+        data = ScheduledTokens(store, Schedule.baseline(tokens // 512 + 1), positions=512, sequences_per_step=1)
+    stream = TokenStore(store).read(0, data.epoch_tokens).tolist()
+    last = (stream + stream)[(len(data) - 1) * 512 : len(data) * 512]
+    assert last in [data[index]["input_ids"].tolist() for index in range(len(data))]
 
 
 def test_epochs_warn_and_move_the_windows(store):

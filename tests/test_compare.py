@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 
 from superpose import InputError
 from superpose.experiment.compare import ARMS, compare
-from superpose.experiment.report import summarise, write_report
+from superpose.experiment.report import write_report
+from superpose.experiment.summary import summarise
 
 
 @pytest.fixture(scope="module")

@@ -106,6 +106,7 @@ def test_every_architecture_takes_both_steps(name):
     assert superpose.detach(model) is model
     assert type(model) is stock
     assert type(model.get_output_embeddings()) is torch.nn.Linear
+    assert type(model.get_input_embeddings()).forward is type(build(name).get_input_embeddings()).forward
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text", "granite", "gpt2"])

@@ -4,6 +4,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,28 +95,35 @@ def test_accumulation_equals_one_large_batch(finished, tmp_path, monkeypatch):
     assert four == pytest.approx(one, rel=1e-4)
 
 
-def launch(processes, recipe, out, *overrides):
+def launch(processes, recipe, out, program=("-m", "superpose.cli"), *overrides):
     path = out.with_suffix(".toml")
     path.write_text(recipe.to_toml())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    command += ["-m", "superpose.cli", "train", str(path), "--out", str(out), *overrides]
+    command += [*program, "train", str(path), *overrides, "--out", str(out)]
     result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     return [row["loss"] for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
 
 
-@pytest.mark.parametrize("overrides", [(), ("training.fsdp=true",)], ids=["data-parallel", "fsdp2"])
-def test_two_ranks_give_the_losses_of_one(finished, tmp_path, overrides):
+DATA_PARALLEL = (("-m", "superpose.cli"),)
+FSDP2 = ((str(Path(__file__).parent / "fsdp_on_cpu.py"),), "training.fsdp=true")
+WRAP = "training.fsdp_config={transformer_layer_cls_to_wrap=['LlamaDecoderLayer']}"
+
+
+@pytest.mark.parametrize("how", [DATA_PARALLEL, FSDP2, (*FSDP2, WRAP)], ids=["data-parallel", "fsdp2", "fsdp2-layers"])
+def test_two_ranks_give_the_losses_of_one(finished, tmp_path, how):
     recipe, whole, summary = finished
-    losses = launch(2, recipe, tmp_path / "two", *overrides)
+    losses = launch(2, recipe, tmp_path / "two", *how)
     assert losses == pytest.approx([row["loss"] for row in read_metrics(whole / "metrics.jsonl") if "loss" in row], rel=1e-4)
     two = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert two["final_loss"] == pytest.approx(summary["final_loss"], rel=1e-4)
     expected, found = weights(whole), weights(tmp_path / "two")
     assert expected.keys() == found.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=2e-4)
 
 
 def test_evaluate_and_sample_read_the_saved_model(finished, store):

@@ -1,14 +1,18 @@
 """The batch as a pure function of the step: a map-style dataset whose index decides step, stage and window.
 
-Index i belongs to step ``i // sequences_per_step``; the schedule gives the stage and the offset in the token stream. Nothing
-depends on workers, ranks, accumulation or on where a run was resumed. Samples must be drawn in order.
+Index i belongs to step ``i // sequences_per_step``; the schedule gives the stage and the part of the token stream that it reads.
+Nothing depends on workers, ranks, accumulation or on where a run was resumed. Samples must be drawn in order: the dataset
+itself mixes the windows, because neighbouring ones come from the same document.
 """
 
 import math
 import warnings
+from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -16,6 +20,10 @@ from superpose.bags import fold, following_tokens, position_weights
 from superpose.data.store import TokenStore
 from superpose.errors import InputError
 from superpose.schedule import Schedule, Stage
+
+
+#: Windows are mixed within blocks of so many, and never across stages.
+BLOCK = 2**16
 
 
 class ScheduledTokens(Dataset[dict[str, Tensor]]):
@@ -27,17 +35,17 @@ class ScheduledTokens(Dataset[dict[str, Tensor]]):
     store: a `TokenStore`, or the path of a prepared directory (its train split).
     positions: L, the positions of a plain sequence.
     sequences_per_step: sequences of one optimizer step over all ranks and micro-batches.
-    start: where in the token stream step 0 begins; different seeds of an experiment read from different places.
+    seed: of the order of the windows. A stage reads the same tokens, each once, in every order.
 
     A run longer than the store goes round it again, with a warning. An epoch is the store less so few tokens that its length
     shares no factor with any window, so each epoch is cut into windows at other places.
     """
 
     def __init__(
-        self, store: TokenStore | str | Path, schedule: Schedule, *, positions: int, sequences_per_step: int, start: int = 0
+        self, store: TokenStore | str | Path, schedule: Schedule, *, positions: int, sequences_per_step: int, seed: int = 0
     ) -> None:
         self.store = store if isinstance(store, TokenStore) else TokenStore(store)
-        self.schedule, self.positions, self.sequences_per_step, self.start = schedule, positions, sequences_per_step, start
+        self.schedule, self.positions, self.sequences_per_step, self.seed = schedule, positions, sequences_per_step, seed
         windows = [stage.window(positions) for stage in schedule.stages]
         if self.store.tokens <= max(windows):
             raise InputError(
@@ -65,11 +73,14 @@ class ScheduledTokens(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        step, sequence = divmod(index, self.sequences_per_step)
-        stage = self.schedule.stage_at(step)
+        number = self.schedule.stage_index(index // self.sequences_per_step)
+        stage, first = self.schedule.stages[number], [0, *self.schedule.switches][number]
         window = stage.window(self.positions)
-        offset = self.schedule.token_offset(step, self.positions, self.sequences_per_step) + sequence * window
-        return _sample(self._read(self.start + offset, window), stage)
+        block, at = divmod(index - first * self.sequences_per_step, BLOCK)
+        left = stage.steps * self.sequences_per_step - block * BLOCK
+        turn = block * BLOCK + int(_order(self.seed, number, block, min(BLOCK, left))[at])
+        offset = self.schedule.token_offset(first, self.positions, self.sequences_per_step) + turn * window
+        return _sample(self._read(offset, window), stage)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
         if len({index // self.sequences_per_step for index in indices}) > 1:
@@ -87,6 +98,12 @@ class ScheduledTokens(Dataset[dict[str, Tensor]]):
             pieces.append(torch.from_numpy(self.store.read(at, length)))
             offset, count = offset + length, count - length
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+@lru_cache(maxsize=8)
+def _order(seed: int, stage: int, block: int, size: int) -> NDArray[np.int64]:
+    """A permutation of a block's windows. RandomState, unlike newer generators, promises the same one in every numpy."""
+    return np.random.RandomState([seed, stage, block]).permutation(size)
 
 
 def _sample(tokens: Tensor, stage: Stage) -> dict[str, Tensor]:

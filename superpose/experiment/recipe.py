@@ -99,7 +99,7 @@ class SampleSection:
 @dataclass(frozen=True)
 class Recipe:
     name: str = "run"
-    #: seeds the weights and the place in the token stream where training starts
+    #: seeds the weights and the order of the windows
     seed: int = 0
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)

@@ -67,10 +67,8 @@ def _train(recipe: Recipe, out: Path, store: TokenStore, validation: TokenStore,
     model = build_model(recipe.model, store.vocab_size)
     attach(model, sum_to_one=recipe.superposition.loss == "sum-to-one")
     training = recipe.training
-    # Another seed reads from another place: the fraction k·φ spreads any number of seeds evenly.
-    start = int(recipe.seed * (math.sqrt(5) - 1) / 2 % 1 * store.tokens)
     data = ScheduledTokens(
-        store, recipe.schedule(), positions=training.positions, sequences_per_step=training.sequences_per_step, start=start
+        store, recipe.schedule(), positions=training.positions, sequences_per_step=training.sequences_per_step, seed=recipe.seed
     )
     trainer = ScheduledTrainer(
         model,

@@ -1,0 +1,111 @@
+"""Times taken in turn, peak memory taken in a fresh process, and the form in which a benchmark hands back its figures."""
+
+import ctypes
+import gc
+import multiprocessing
+import re
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+#: Rounds of every comparison, at least and at most.
+LEAST_ROUNDS, MOST_ROUNDS = 3, 31
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Table:
+    """Figures of one comparison. A column named ``… s`` holds seconds, ``… bytes`` bytes, ``× …`` a ratio."""
+
+    title: str
+    rows: list[Row] = field(default_factory=list)
+
+
+@dataclass
+class Target:
+    """A bound that a figure has to keep: ``measured`` at most (or at least) ``bound``."""
+
+    name: str
+    measured: float
+    bound: float
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.measured >= self.bound if self.at_least else self.measured <= self.bound
+
+
+@dataclass
+class Figures:
+    """What a benchmark returns."""
+
+    tables: list[Table]
+    targets: list[Target] = field(default_factory=list)
+    #: what was not measured, and why
+    notes: list[str] = field(default_factory=list)
+
+
+def in_turn(candidates: dict[str, Callable[[], object]], seconds: float, *, warm_up: bool = True) -> dict[str, Row]:
+    """Run the candidates in turn, A B C A B C …, for about ``seconds``, and return the median of each with its spread.
+
+    Whatever else the machine does falls on all of them alike. ``× first`` is the ratio of the medians to the first candidate's,
+    ``spread`` the distance of the quartiles over the median.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    if warm_up:
+        for run in candidates.values():
+            run()
+    started = time.perf_counter()
+    for done in range(MOST_ROUNDS):
+        if done >= LEAST_ROUNDS and (time.perf_counter() - started) * (done + 1) / done > seconds:
+            break
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: summary(values, next(iter(times.values()))) for name, values in times.items()}
+
+
+def summary(seconds: list[float], reference: list[float]) -> Row:
+    """The row of one candidate from the seconds of its rounds and of the reference's."""
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return {
+        "median s": median,
+        "spread": (high - low) / median,
+        "rounds": len(seconds),
+        "× first": median / statistics.median(reference),
+    }
+
+
+def peak_growth(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> int:
+    """Bytes by which one call raises the peak of resident memory, in a fresh process.
+
+    ``prepare(*arguments)`` runs in that process, allocates the inputs and returns the call. Both must be picklable.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "superpose"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_peak_growth_here, prepare, arguments).result()
+
+
+def _peak_growth_here(prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]) -> int:
+    call = prepare(*arguments)
+    gc.collect()
+    # memory that the inputs' making has freed goes back to the system, so that the call cannot reuse it unseen
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _peak_resident()
+    call()
+    return _peak_resident() - before
+
+
+def _peak_resident() -> int:
+    """VmHWM, in bytes; unlike ru_maxrss it starts again from the resident memory when 5 is written to clear_refs."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
