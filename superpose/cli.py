@@ -88,10 +88,12 @@ def train(recipe: Positional[Path], fields: Fields = (), out: Path | None = None
         sys.exit(1)
     for switch in summary["switches"]:
         if switch["height"] is not None:
-            recovery = (
-                f"healed after {switch['steps_to_recover']} steps" if switch["steps_to_recover"] else "not healed by the end"
+            steps = switch["steps_to_recover"]
+            console.print(
+                f"switch at step {switch['step']} from bag size {switch['from_bag_size']} to {switch['to_bag_size']}: training loss "
+                f"{switch['loss_before']:.3f} before, up to {switch['loss_after']:.3f} just after, "
+                + (f"as low as before after {steps} steps" if steps else "not as low as before by the end")
             )
-            console.print(f"switch at step {switch['step']}: the loss went up by {switch['height']:.3f} nats and {recovery}")
     for sample in summary["samples"]:
         console.rule("sample")
         console.print(sample, markup=False)

@@ -1,8 +1,8 @@
 """The batch as a pure function of the step: a map-style dataset whose index decides step, stage and window.
 
-Index i belongs to step ``i // sequences_per_step``; the schedule gives the stage and the part of the token stream that it reads.
-Nothing depends on workers, ranks, accumulation or on where a run was resumed. Samples must be drawn in order: the dataset
-itself mixes the windows, because neighbouring ones come from the same document.
+Index i belongs to step ``i // sequences_per_step``; the schedule gives the stage and the part of the token stream that it
+reads. Nothing depends on workers, ranks, accumulation or on where a run was resumed. Samples must be drawn in order: the
+dataset itself mixes the windows, because neighbouring ones come from the same document.
 """
 
 import math
@@ -20,7 +20,6 @@ from superpose.bags import fold, following_tokens, position_weights
 from superpose.data.store import TokenStore
 from superpose.errors import InputError
 from superpose.schedule import Schedule, Stage
-
 
 #: Windows are mixed within blocks of so many, and never across stages.
 BLOCK = 2**16

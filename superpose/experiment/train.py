@@ -1,7 +1,7 @@
 """Train a recipe: from the prepared store to a stock model on disk, with its metrics, and resumable at any step.
 
-An output directory holds ``recipe.toml`` (resolved), ``environment.json``, ``metrics.jsonl``, ``checkpoint-*/``, and once the run has
-finished ``model/`` (Hugging Face layout) and ``summary.json``.
+An output directory holds ``recipe.toml`` (resolved), ``environment.json``, ``metrics.jsonl``, ``checkpoint-*/``, and once the
+run has finished ``model/`` (Hugging Face layout) and ``summary.json``.
 """
 
 import fcntl
