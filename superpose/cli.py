@@ -90,8 +90,8 @@ def train(recipe: Positional[Path], fields: Fields = (), out: Path | None = None
         if switch["height"] is not None:
             steps = switch["steps_to_recover"]
             console.print(
-                f"switch at step {switch['step']} from bag size {switch['from_bag_size']} to {switch['to_bag_size']}: training loss "
-                f"{switch['loss_before']:.3f} before, up to {switch['loss_after']:.3f} just after, "
+                f"switch at step {switch['step']} from bag size {switch['from_bag_size']} to {switch['to_bag_size']}: "
+                f"training loss {switch['loss_before']:.3f} before, up to {switch['loss_after']:.3f} just after, "
                 + (f"as low as before after {steps} steps" if steps else "not as low as before by the end")
             )
     for sample in summary["samples"]:

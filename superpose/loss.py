@@ -21,8 +21,9 @@ from superpose.bags import IGNORE_INDEX
 
 REDUCTIONS = ("mean", "sum", "none")
 
-#: Bytes of float32 logits that the linear form holds at once. A CPU is fastest while a chunk stays in its cache.
-CPU_CHUNK_BYTES = 16 * 2**20
+#: Bytes of float32 logits that the linear form holds at once: each chunk reads and writes the whole gradient of the weight, so
+#: rows must be many enough to pay for that.
+CPU_CHUNK_BYTES = 64 * 2**20
 ACCELERATOR_CHUNK_BYTES = 512 * 2**20
 
 
@@ -149,10 +150,16 @@ def _linear_total(
     head = weight.to(dtype)
     row_weight = coefficients.sum(-1)
     size = min(count, _rows_per_chunk(vocabulary, hidden.device))
+    # one buffer for all chunks: a new one each would exist beside the last, and a CPU would fault in its pages again
+    buffer = torch.empty(size, vocabulary, dtype=accumulate, device=hidden.device)
     for start in range(0, count, size):
         chunk = slice(start, min(start + size, count))
         rows, targets, share, total = hidden[chunk].to(dtype), bags[chunk], coefficients[chunk], row_weight[chunk]
-        values = (rows @ head.T).to(accumulate)
+        values = buffer[: len(rows)]
+        if dtype == accumulate:
+            torch.mm(rows, head.T, out=values)
+        else:
+            values.copy_(rows @ head.T)
         picked = values.gather(-1, targets)
         top = values.amax(-1, keepdim=True)
         values.sub_(top).exp_()
@@ -165,12 +172,12 @@ def _linear_total(
             share = total[:, None] * torch.softmax(picked + share.where(total[:, None] > 0, 1).log(), -1)
         values.mul_((scale[chunk] * total / normaliser)[:, None])
         values.scatter_add_(-1, targets, -scale[chunk, None] * share.to(accumulate))
-        values = values.to(dtype)
-        d_hidden[chunk] = values @ head
+        slopes = values.to(dtype)
+        d_hidden[chunk] = slopes @ head
         if dtype == accumulate:
-            d_weight.addmm_(values.T, rows)
+            d_weight.addmm_(slopes.T, rows)
         else:
-            d_weight += values.T @ rows
+            d_weight += slopes.T @ rows
     return (losses * scale).sum(), losses, d_hidden, d_weight.to(weight.dtype)
 
 
@@ -186,10 +193,14 @@ def _(hidden, weight, bags, coefficients, scale, sum_to_one, dtype, gradients): 
 def _save_gradients(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(output[2], output[3])
     ctx.mark_non_differentiable(output[1], output[2], output[3])
+    ctx.set_materialize_grads(False)  # else the backward pass is handed zeros the size of the weight for these three
 
 
 def _scale_gradients(ctx, gradient, *_):  # type: ignore[no-untyped-def]
     d_hidden, d_weight = ctx.saved_tensors
+    # Elsewhere than on a CPU the question would wait for the device; a subclass stands for a traced tensor without a value.
+    if type(gradient) is Tensor and gradient.device.type == "cpu" and gradient == 1:
+        return d_hidden, d_weight, None, None, None, None, None, None
     return gradient.to(d_hidden.dtype) * d_hidden, gradient.to(d_weight.dtype) * d_weight, None, None, None, None, None, None
 
 

@@ -23,6 +23,9 @@ from superpose.errors import InputError
 #: Steps after a switch whose loss is logged one by one.
 CLOSE_STEPS = 20
 
+#: What the Trainer logs and metrics.jsonl leaves out.
+NOT_LOGGED = ("epoch", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+
 #: Dense bfloat16 peak of a device in FLOP/s, from the vendors' data sheets; the first name found in the device's name counts.
 PEAK_FLOPS = {
     "B200": 2.25e15,
@@ -98,12 +101,7 @@ class ScheduledTrainer(Trainer):
             logs["eval_bits_per_byte"] = logs["eval_loss"] / math.log(2) / self.bytes_per_token
         super().log(logs, start_time)
         if self.is_world_process_zero() and ("loss" in logs or "eval_loss" in logs):
-            row = {
-                "step": step,
-                **{name: value for name, value in logs.items() if not name.endswith("_per_second") or "loss" in logs},
-            }
-            for name in ("epoch", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"):
-                row.pop(name, None)
+            row = {"step": step, **{name: value for name, value in logs.items() if name not in NOT_LOGGED}}
             with self.metrics.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 

@@ -11,14 +11,13 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from superpose.accounting import count_parameters
 from superpose.data.batches import ScheduledTokens
@@ -58,7 +57,7 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False) -> dict[str,
     main = int(os.environ.get("RANK", "0")) == 0
     store = TokenStore(recipe.data.path, verify=recipe.data.verify and main)
     validation = TokenStore(recipe.data.path, "validation", verify=recipe.data.verify and main)
-    with _claimed(out, recipe, resume) if main else _nothing():
+    with _claimed(out, recipe, resume) if main else nullcontext():
         return _train(recipe, out, store, validation, resume)
 
 
@@ -88,7 +87,7 @@ def _train(recipe: Recipe, out: Path, store: TokenStore, validation: TokenStore,
     trainer.restore_accounts(_step_of(checkpoint), seconds)
     trainer.args.eval_on_start = trainer.args.eval_on_start and checkpoint is None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.state.global_step % trainer.state.eval_steps:
+    if not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in trainer.state.log_history):
         trainer.evaluate()
     trainer.save_model(str(out / "model"))
     summary: dict[str, Any] = {}
@@ -203,11 +202,6 @@ def environment() -> dict[str, Any]:
 
 
 @contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-@contextmanager
 def _claimed(out: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
     """Hold the output directory for this run: nobody else writes there, and nothing that lies there is overwritten."""
     if out.exists() and not out.is_dir():
@@ -262,13 +256,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _last_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint that was written to its end (the Trainer writes its state last); broken ones are set aside."""
-    while (found := get_last_checkpoint(str(out))) is not None:
-        checkpoint = Path(found)
-        if (checkpoint / "trainer_state.json").exists():
-            return checkpoint
-        checkpoint.rename(checkpoint.with_name(f"broken-{checkpoint.name}"))
-    return None
+    """The newest checkpoint that was written to its end: the Trainer writes its state last."""
+    whole = [path for path in out.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    return max(whole, key=_step_of, default=None)
 
 
 def _step_of(checkpoint: Path | None) -> int:
