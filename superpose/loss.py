@@ -83,7 +83,7 @@ def linear_multi_hot_cross_entropy(
     if reduction == "none":
         losses = _linear_rows(rows, weight, bags, coefficients, sum_to_one, dtype)
         return losses.unflatten(0, targets.shape[:-1])
-    scale = 1 / row_weight.sum() if reduction == "mean" else torch.ones_like(row_weight[0])
+    scale = 1 / row_weight.sum() if reduction == "mean" else row_weight.new_ones(())
     gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _linear_total(rows, weight, bags, coefficients, scale.expand(len(rows)), sum_to_one, dtype, gradients)[0]
 
@@ -149,7 +149,7 @@ def _linear_total(
     d_weight = torch.zeros(weight.shape if gradients else 0, dtype=accumulate, device=weight.device)
     head = weight.to(dtype)
     row_weight = coefficients.sum(-1)
-    size = min(count, _rows_per_chunk(vocabulary, hidden.device))
+    size = max(1, min(count, _rows_per_chunk(vocabulary, hidden.device)))
     # one buffer for all chunks: a new one each would exist beside the last, and a CPU would fault in its pages again
     buffer = torch.empty(size, vocabulary, dtype=accumulate, device=hidden.device)
     for start in range(0, count, size):

@@ -165,6 +165,14 @@ def test_all_targets_ignored_is_nan_for_the_mean_and_zero_for_the_sum():
     assert torch.autograd.grad(total, hidden)[0].abs().sum() == 0
 
 
+def test_no_rows_at_all():
+    hidden, head, targets, _ = problem(13)
+    total = linear_multi_hot_cross_entropy(hidden[:0], head, targets[:0], reduction="sum")
+    assert total.item() == 0
+    assert torch.autograd.grad(total, head)[0].abs().sum() == 0
+    assert linear_multi_hot_cross_entropy(hidden[:0], head, targets[:0]).isnan()
+
+
 def test_autocast_keeps_the_gradient_of_the_weight_in_float32():
     hidden, head, targets, _ = problem(9, rows=64)
     with torch.autocast("cpu", dtype=torch.bfloat16):

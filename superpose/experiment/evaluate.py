@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from superpose.data.store import TokenStore
@@ -51,6 +52,7 @@ def evaluate(
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
+            dataloader_pin_memory=torch.cuda.is_available(),
             per_device_eval_batch_size=batch_size,
             report_to="none",
             bf16_full_eval=False,
