@@ -170,7 +170,6 @@ def test_no_rows_at_all():
     total = linear_multi_hot_cross_entropy(hidden[:0], head, targets[:0], reduction="sum")
     assert total.item() == 0
     assert torch.autograd.grad(total, head)[0].abs().sum() == 0
-    assert linear_multi_hot_cross_entropy(hidden[:0], head, targets[:0]).isnan()
 
 
 def test_autocast_keeps_the_gradient_of_the_weight_in_float32():
