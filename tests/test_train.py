@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from superpose import InputError, Schedule
+from superpose.data.prepare import prepare
 from superpose.experiment import train as module
 from superpose.experiment.evaluate import evaluate
 from superpose.experiment.sample import generate
@@ -176,6 +177,20 @@ def test_resuming_with_another_schedule_is_refused(finished, tmp_path):
         train(recipe.replace("superposition", bag_size=2), out, resume=True)
     with pytest.raises(InputError, match=r"training\.steps is 30 and was 24"):
         train(recipe.replace("training", steps=30), out, resume=True)
+
+
+def test_resuming_on_other_tokens_is_refused(finished, tmp_path):
+    recipe, whole, _ = finished
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "summary.json").unlink()
+    other = tmp_path / "other"
+    prepare([str(Path(os.__file__).parent / "json" / "*.py")], other, use_bytes=True, validation=0.2)
+    moved = tmp_path / "moved"
+    shutil.copytree(recipe.data.path, moved)
+    with pytest.raises(InputError, match="holds other tokens"):
+        train(recipe.replace("data", path=str(other)), out, resume=True)
+    train(recipe.replace("data", path=str(moved)), out, resume=True)
 
 
 def test_a_vocabulary_smaller_than_the_tokens_is_refused(recipe, tmp_path):

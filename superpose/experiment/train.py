@@ -5,6 +5,7 @@ run has finished ``model/`` (Hugging Face layout) and ``summary.json``.
 """
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -58,6 +59,8 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False) -> dict[str,
     store = TokenStore(recipe.data.path, verify=recipe.data.verify and main)
     validation = TokenStore(recipe.data.path, "validation", verify=recipe.data.verify and main)
     with _claimed(out, recipe, resume) if main else nullcontext():
+        if main and resume:
+            _check_data(out, store)
         return _train(recipe, out, store, validation, resume)
 
 
@@ -81,7 +84,7 @@ def _train(recipe: Recipe, out: Path, store: TokenStore, validation: TokenStore,
     main = trainer.is_world_process_zero()
     if main:
         (out / "recipe.toml").write_text(recipe.to_toml())
-        (out / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+        (out / "environment.json").write_text(json.dumps(environment() | {"data": _checksum(store)}, indent=1) + "\n")
     checkpoint = _last_checkpoint(out) if resume else None
     seconds = _rewind(out / "metrics.jsonl", checkpoint, main)
     trainer.restore_accounts(_step_of(checkpoint), seconds)
@@ -246,6 +249,21 @@ def check_same(old: Recipe, new: Recipe, path: Path) -> None:
                 f"{name} is {now.get(name)!r} and was {before.get(name)!r} in {path}: a run is resumed with its own recipe; "
                 "give another --out for a new one"
             )
+
+
+def _check_data(out: Path, store: TokenStore) -> None:
+    try:
+        trained_on = json.loads((out / "environment.json").read_text())["data"]
+    except (OSError, ValueError, KeyError):
+        return  # killed before it was written, and so before the first step
+    if trained_on != _checksum(store):
+        raise InputError(
+            f"data.path: {store.path} holds other tokens than those {out} was trained on: resume with the same store"
+        )
+
+
+def _checksum(store: TokenStore) -> str:
+    return hashlib.sha256(json.dumps(store.manifest["splits"], sort_keys=True).encode()).hexdigest()
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
