@@ -3,6 +3,7 @@
 Bad input is one line on the standard error and exit code 2.
 """
 
+import os
 import re
 import sys
 import warnings
@@ -74,6 +75,7 @@ def train(recipe: Positional[Path], fields: Fields = (), out: Path | None = None
         out: Directory of the run, runs/NAME by default; it must be new.
         resume: Continue the run in it from its last checkpoint.
     """
+    _hide_weight_bars()
     from superpose.experiment.recipe import load_recipe
     from superpose.experiment.train import train
 
@@ -121,6 +123,7 @@ def compare(
         arms: Arms separated by commas: baseline, tst, input-only, output-only, power-law, exponential, first, sum-to-one.
         seeds: Seeds of each arm, counted from the recipe's.
     """
+    _hide_weight_bars()
     from superpose.experiment.compare import compare
     from superpose.experiment.recipe import load_recipe
     from superpose.experiment.report import write_report
@@ -155,6 +158,7 @@ def evaluate(
         tokens: Evaluate at most this many tokens.
         batch_size: Windows evaluated at once.
     """
+    _hide_weight_bars()
     from superpose.experiment.evaluate import evaluate
 
     found = evaluate(model, data, positions=positions, tokens=tokens, batch_size=batch_size)
@@ -176,9 +180,15 @@ def sample(
         temperature: 0 is greedy.
         seed: Seed of the draw.
     """
+    _hide_weight_bars()
     from superpose.experiment.sample import generate
 
     print(generate(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
+
+
+def _hide_weight_bars() -> None:
+    """Keep the bars that transformers shows for each file of weights out of our own progress; read when it is imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def main() -> None:
