@@ -77,6 +77,7 @@ def train(recipe: Positional[Path], fields: Fields = (), out: Path | None = None
     """
     _hide_weight_bars()
     from superpose.experiment.recipe import load_recipe
+    from superpose.experiment.summary import quantity
     from superpose.experiment.train import train
 
     loaded = load_recipe(recipe, fields)
@@ -102,8 +103,8 @@ def train(recipe: Positional[Path], fields: Fields = (), out: Path | None = None
     console.rule()
     console.print(
         f"{summary['final_loss']:.4f} nats per token, perplexity {summary['perplexity']:.2f}, "
-        f"{summary['bits_per_byte']:.4f} bits per byte after {summary['step']} steps, {summary['positions'] / 1e6:.1f}M "
-        f"positions, {summary['data_tokens'] / 1e6:.1f}M data tokens, {summary['seconds']:.0f} s\nmodel: {out / 'model'}"
+        f"{summary['bits_per_byte']:.4f} bits per byte after {summary['step']} steps, {quantity(summary['positions'])} "
+        f"positions, {quantity(summary['data_tokens'])} data tokens, {summary['seconds']:.0f} s\nmodel: {out / 'model'}"
     )
 
 
