@@ -40,7 +40,7 @@ def attach(model: Any, *, sum_to_one: bool = False) -> Any:
     if isinstance(model, _Superposed):
         raise ValueError("the model is attached already: detach it first")
     table, head = _input_embedding(model), _head(model)
-    _embedding_scale(table)
+    _check_embedding(table)
     lean = _takes_lean_loss(model, head)
     model.__class__ = _superposed_class(type(model))
     model._superpose = _State(sum_to_one)
@@ -67,7 +67,7 @@ def detach(model: Any) -> Any:
 
 @dataclass
 class _State:
-    """What an attached model holds beside its own attributes; ``weights`` and ``shift_labels`` only during a call."""
+    """What an attached model holds beside its own attributes; ``weights`` only during a call."""
 
     sum_to_one: bool
     weights: Tensor | None = None
@@ -149,7 +149,8 @@ def _bag_embedding_class(stock: Any) -> Any:
         if ids.dim() < 3:
             return stock.forward(self, ids)
         embeddings = bag_mean(self.weight, ids)
-        return embeddings * _embedding_scale(self).to(embeddings.dtype)
+        scale = getattr(self, "embed_scale", None)  # of a scaled embedding (Gemma 3); linear, so it commutes with the mean
+        return embeddings if scale is None else embeddings * torch.as_tensor(scale).to(embeddings)
 
     return type(stock.__name__, (_BagEmbedding, stock), {"forward": forward, "__module__": stock.__module__})
 
@@ -201,12 +202,9 @@ def _head(model: Any) -> Any:
     return head
 
 
-def _embedding_scale(table: nn.Embedding) -> Tensor:
-    """The factor that a scaled embedding (Gemma 3) puts on its rows; linear, so it commutes with the mean."""
-    scale = getattr(table, "embed_scale", None)
-    if scale is None and not isinstance(table, _BagEmbedding) and type(table).forward is not nn.Embedding.forward:
+def _check_embedding(table: nn.Embedding) -> None:
+    if not hasattr(table, "embed_scale") and type(table).forward is not nn.Embedding.forward:
         raise ValueError(f"{type(table).__name__} changes its embeddings in a way that superpose does not know")
-    return torch.as_tensor(1.0 if scale is None else scale, device=table.weight.device)
 
 
 def _takes_lean_loss(model: Any, head: nn.Module) -> bool:

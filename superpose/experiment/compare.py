@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +11,7 @@ from superpose.accounting import count_parameters
 from superpose.data.store import TokenStore
 from superpose.errors import InputError
 from superpose.experiment.recipe import Recipe, SuperpositionSection, load_recipe
-from superpose.experiment.train import build_model, check_same, environment, read_metrics, train
+from superpose.experiment.train import build_model, check_same, environment, is_main_process, read_metrics, train
 
 #: What each arm changes in the recipe. ``tst`` is the recipe itself.
 ARMS: dict[str, Callable[[Recipe], Recipe]] = {
@@ -52,7 +51,7 @@ def compare(
     for seed in range(recipe.seed, recipe.seed + seeds):
         for arm in arms:
             runs[arm].append(_run(dataclasses.replace(ARMS[arm](recipe), seed=seed), out / arm / f"seed-{seed}", arm, say))
-    if int(os.environ.get("RANK", "0")):
+    if not is_main_process():
         return {}
     results = _facts(recipe) | {
         "arms": [{"name": arm, "schedule": ARMS[arm](recipe).schedule().as_dict(), "runs": runs[arm]} for arm in arms]
@@ -69,7 +68,7 @@ def _run(recipe: Recipe, out: Path, arm: str, say: Callable[[str], None]) -> dic
         begun = (out / "recipe.toml").exists()
         say(f"{arm}, seed {recipe.seed}: {'continues' if begun else 'starts'}, {out}")
         train(recipe, out, resume=begun)
-    if int(os.environ.get("RANK", "0")):
+    if not is_main_process():
         return {}
     summary = json.loads((out / "summary.json").read_text())
     rows = read_metrics(out / "metrics.jsonl")

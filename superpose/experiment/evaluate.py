@@ -4,13 +4,13 @@ import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from superpose.data.store import TokenStore
 from superpose.errors import InputError
+from superpose.experiment.sample import load
 from superpose.experiment.train import bfloat16_pays, validation_windows
 
 
@@ -40,10 +40,7 @@ def evaluate(
     or one whose vocabulary is smaller than the store's.
     """
     store = TokenStore(data, split)
-    try:
-        network: Any = AutoModelForCausalLM.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{model} is not a model that transformers can load: {str(error).splitlines()[0]}") from None
+    network = load(AutoModelForCausalLM, model)
     rows = network.get_input_embeddings().weight.shape[0]
     if rows < store.vocab_size:
         raise InputError(f"{model} has a vocabulary of {rows}, but the tokens of {data} go up to {store.vocab_size}")

@@ -16,17 +16,21 @@ def store_tokenizer(store: TokenStore) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_file=str(store.tokenizer_file), eos_token=eod, bos_token=eod)
 
 
+def load(kind: Any, model: str | Path) -> Any:
+    """``kind.from_pretrained(model)``, a directory or a hub id; InputError where there is nothing to load."""
+    try:
+        return kind.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{model} is not a model that transformers can load: {str(error).splitlines()[0]}") from None
+
+
 def generate(model: str | Path, prompt: str = "", *, max_new_tokens: int = 200, temperature: float = 0.8, seed: int = 0) -> str:
     """Continue ``prompt`` with a saved model (greedily at temperature 0) and return prompt and continuation.
 
     A document starts after an end-of-document token, so that is what the prompt is put behind. Stops at the longest sequence
     that the model was built for.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        network: Any = AutoModelForCausalLM.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{model} is not a model that transformers can load: {str(error).splitlines()[0]}") from None
+    network, tokenizer = load(AutoModelForCausalLM, model), load(AutoTokenizer, model)
     set_seed(seed)
     longest = getattr(network.config, "max_position_embeddings", None)
     ids = [tokenizer.eos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]

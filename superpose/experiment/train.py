@@ -55,7 +55,7 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False) -> dict[str,
     accelerate launch started.
     """
     out = Path(out)
-    main = int(os.environ.get("RANK", "0")) == 0
+    main = is_main_process()
     store = TokenStore(recipe.data.path, verify=recipe.data.verify and main)
     validation = TokenStore(recipe.data.path, "validation", verify=recipe.data.verify and main)
     with _claimed(out, recipe, resume) if main else nullcontext():
@@ -110,6 +110,11 @@ def _train(recipe: Recipe, out: Path, store: TokenStore, validation: TokenStore,
         (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     trainer.accelerator.wait_for_everyone()
     return summary
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes, known before the Trainer has set up the others."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def build_model(section: ModelSection, vocab_size: int) -> Any:
