@@ -7,13 +7,20 @@ For a row of logits z and a bag of targets y_0 … y_{s−1} with weights w, Σ 
 
 Both start near ln V and are ordinary cross-entropy for a bag of one. The published sum-to-one form has w_i = 1, so it lies
 lower by the constant ln s. An ignored target drops out of its bag, and a row counts with the weight of its valid targets.
+The z-loss adds ``z_loss``·logsumexp(z)² to a row, which keeps the logits from drifting (PaLM, arXiv 2204.02311, section 5).
 
 `linear_multi_hot_cross_entropy` takes the hidden states and the head's weight instead of logits and never holds more than a
 chunk of rows of them: within a chunk the logits become the probabilities and then their own gradient in place, and the
-products for both inputs follow at once. Reference: ``superpose.reference.row_losses``.
+products for both inputs follow at once. On CUDA the two passes over a chunk are kernels (`superpose.kernels`); a head that
+is sharded over the vocabulary exchanges a few numbers a row (`superpose.sharded`). Reference:
+``superpose.reference.row_losses``.
 """
 
+import importlib.util
+from typing import Any, NamedTuple
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -35,22 +42,24 @@ def multi_hot_cross_entropy(
     ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     sum_to_one: bool = False,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Multi-hot cross-entropy of ``logits [..., V]`` against aligned ``targets [..., s]`` (or ``[...]``, a bag of one).
 
     ``weights [s]`` weigh the positions in the bag (uniform without). ``mean`` divides by the weight of the valid targets,
     ``sum`` adds the rows, ``none`` returns them ``[...]``, each times the weight of its valid targets. Float32 result.
-    A bag of one is ``torch.nn.functional.cross_entropy`` itself.
+    A bag of one without z-loss is ``torch.nn.functional.cross_entropy`` itself.
     """
     targets, weights = _checked(logits, targets, weights, reduction)
     rows = logits.flatten(0, -2)
-    if targets.shape[-1] == 1:
+    if targets.shape[-1] == 1 and not z_loss:
         loss = cross_entropy(_at_least_float32(rows), targets.flatten(), ignore_index=ignore_index, reduction=reduction)
         return loss.unflatten(0, targets.shape[:-1]) if reduction == "none" else loss
     bags = targets.flatten(0, -2)
     coefficients, row_weight = _target_weights(bags, weights, ignore_index)
     picked = _at_least_float32(rows.gather(-1, bags.where(coefficients > 0, 0)))
-    losses = row_weight * torch.logsumexp(_at_least_float32(rows), -1) - _bag_term(picked, coefficients, row_weight, sum_to_one)
+    log_sum_exp = torch.logsumexp(_at_least_float32(rows), -1)
+    losses = _row_losses(log_sum_exp, picked, coefficients, row_weight, sum_to_one, z_loss)
     if reduction == "none":
         return losses.unflatten(0, targets.shape[:-1])
     return losses.sum() / row_weight.sum() if reduction == "mean" else losses.sum()
@@ -65,13 +74,25 @@ def linear_multi_hot_cross_entropy(
     ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     sum_to_one: bool = False,
+    soft_cap: float | None = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """`multi_hot_cross_entropy` of ``hidden [..., d] @ weight[V, d]ᵀ``, without the ``[..., V]`` logits.
 
-    Memory is a chunk of rows, independent of the number of rows and of s. Products run in the dtype of ``hidden``, or in
-    autocast's where that is on; log-sum-exp and the accumulation of the weight's gradient are in float32. Gradients are
-    computed in the forward pass, except for ``reduction="none"``, which computes the logits again in the backward pass.
+    ``soft_cap`` c bends the logits to c·tanh(z/c) first, as Gemma 2 does. Memory is a chunk of rows, independent of the number
+    of rows and of s. Products run in the dtype of ``hidden``, or in autocast's where that is on; log-sum-exp and the
+    accumulation of the weight's gradient are in float32. Gradients are computed in the forward pass, except for
+    ``reduction="none"``, which computes the logits again in the backward pass.
+
+    A ``weight`` sharded over the vocabulary (a DTensor) takes ``hidden`` as a DTensor on the same mesh, and gives one.
     """
+    if hasattr(weight, "device_mesh"):
+        from superpose.sharded import local_parts  # torch.distributed.tensor takes a second to import
+
+        parts = local_parts(hidden, weight, targets)
+        hidden, weight, targets = parts.hidden, parts.weight, parts.targets
+    else:
+        parts = None
     targets, weights = _checked(hidden, targets, weights, reduction)
     if hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(f"hidden has width {hidden.shape[-1]} and weight {weight.shape[-1]}: they must agree")
@@ -79,13 +100,37 @@ def linear_multi_hot_cross_entropy(
     coefficients, row_weight = _target_weights(bags, weights, ignore_index)
     bags = bags.where(coefficients > 0, 0)
     device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    options = _Options(
+        dtype=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype,
+        chunk=_rows_per_chunk(parts.most_rows if parts else len(weight), hidden.device),
+        sum_to_one=sum_to_one,
+        soft_cap=soft_cap,
+        z_loss=z_loss,
+        group=parts.group if parts else "",
+        first=parts.first if parts else 0,
+    )
     if reduction == "none":
-        losses = _linear_rows(rows, weight, bags, coefficients, sum_to_one, dtype)
-        return losses.unflatten(0, targets.shape[:-1])
-    scale = 1 / row_weight.sum() if reduction == "mean" else row_weight.new_ones(())
-    gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _linear_total(rows, weight, bags, coefficients, scale.expand(len(rows)), sum_to_one, dtype, gradients)[0]
+        loss = _linear_rows(rows, weight, bags, coefficients, *options).unflatten(0, targets.shape[:-1])
+    else:
+        scale = 1 / row_weight.sum() if reduction == "mean" else row_weight.new_ones(())
+        gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+        loss = _linear_total(rows, weight, bags, coefficients, scale.expand(len(rows)), gradients, *options)[0]
+    return parts.replicated(loss) if parts else loss
+
+
+class _Options(NamedTuple):
+    """What a custom op takes beside its tensors."""
+
+    dtype: torch.dtype
+    #: rows of logits at a time
+    chunk: int
+    sum_to_one: bool
+    soft_cap: float | None
+    z_loss: float
+    #: name of the process group that shares the vocabulary, empty where the weight is whole
+    group: str
+    #: the first token of this rank's share
+    first: int
 
 
 def _checked(rows: Tensor, targets: Tensor, weights: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
@@ -116,18 +161,31 @@ def _at_least_float32(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _bag_term(picked: Tensor, coefficients: Tensor, row_weight: Tensor, sum_to_one: bool) -> Tensor:
-    """What the row's loss subtracts from its weighted log-sum-exp: ``[N, s], [N, s], [N] -> [N]``."""
-    if not sum_to_one:
-        return (coefficients * picked).sum(-1)
-    valid = row_weight > 0
-    mixture = torch.logsumexp(picked + coefficients.where(valid[:, None], 1).log(), -1)
-    return row_weight * (mixture - row_weight.where(valid, 1).log())
+def _row_losses(
+    log_sum_exp: Tensor, picked: Tensor, coefficients: Tensor, row_weight: Tensor, sum_to_one: bool, z_loss: float
+) -> Tensor:
+    """The losses ``[N]`` from the log-sum-exp ``[N]`` of each row and the logits of its targets ``[N, s]``."""
+    if sum_to_one:
+        valid = row_weight > 0
+        mixture = torch.logsumexp(picked + coefficients.where(valid[:, None], 1).log(), -1)
+        bag = row_weight * (mixture - row_weight.where(valid, 1).log())
+    else:
+        bag = (coefficients * picked).sum(-1)
+    return row_weight * (log_sum_exp + z_loss * log_sum_exp.square()) - bag
 
 
 def _rows_per_chunk(vocabulary: int, device: torch.device) -> int:
     budget = CPU_CHUNK_BYTES if device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
     return max(64, budget // (4 * vocabulary))
+
+
+def _kernels(device: torch.device, dtype: torch.dtype) -> Any:
+    """The module of Triton kernels where they run, else None: the torch path."""
+    if device.type != "cuda" or dtype == torch.float64 or importlib.util.find_spec("triton") is None:
+        return None
+    from superpose import kernels
+
+    return kernels
 
 
 @torch.library.custom_op("superpose::linear_multi_hot_total", mutates_args=())
@@ -137,11 +195,19 @@ def _linear_total(
     bags: Tensor,
     coefficients: Tensor,
     scale: Tensor,
-    sum_to_one: bool,
-    dtype: torch.dtype,
     gradients: bool,
+    dtype: torch.dtype,
+    chunk: int,
+    sum_to_one: bool,
+    soft_cap: float | None,
+    z_loss: float,
+    group: str,
+    first: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Σ_j scale_j · loss_j, the losses ``[N]``, and the gradients of the total (empty when not asked for)."""
+    """Σ_j scale_j · loss_j, the losses ``[N]``, and the gradients of the total (empty when not asked for).
+
+    Under a ``group`` the gradient of ``hidden`` is this rank's part of a sum over the ranks.
+    """
     count, vocabulary = len(hidden), len(weight)
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     losses = torch.empty(count, dtype=accumulate, device=hidden.device)
@@ -149,31 +215,45 @@ def _linear_total(
     d_weight = torch.zeros(weight.shape if gradients else 0, dtype=accumulate, device=weight.device)
     head = weight.to(dtype)
     row_weight = coefficients.sum(-1)
-    size = max(1, min(count, _rows_per_chunk(vocabulary, hidden.device)))
+    kernels = _kernels(hidden.device, dtype)
+    size = max(1, min(count, chunk))
     # one buffer for all chunks: a new one each would exist beside the last, and a CPU would fault in its pages again
-    buffer = torch.empty(size, vocabulary, dtype=accumulate, device=hidden.device)
+    buffer = torch.empty(size, vocabulary, dtype=dtype if kernels else accumulate, device=hidden.device)
     for start in range(0, count, size):
-        chunk = slice(start, min(start + size, count))
-        rows, targets, share, total = hidden[chunk].to(dtype), bags[chunk], coefficients[chunk], row_weight[chunk]
-        values = buffer[: len(rows)]
-        if dtype == accumulate:
-            torch.mm(rows, head.T, out=values)
+        here = slice(start, min(start + size, count))
+        rows, targets, share, total = hidden[here].to(dtype), bags[here] - first, coefficients[here], row_weight[here]
+        logits = buffer[: len(rows)]
+        if dtype == buffer.dtype:
+            torch.mm(rows, head.T, out=logits)
         else:
-            values.copy_(rows @ head.T)
-        picked = values.gather(-1, targets)
-        top = values.amax(-1, keepdim=True)
-        values.sub_(top).exp_()
-        normaliser = values.sum(-1)
-        log_sum_exp = normaliser.log() + top.squeeze(-1)
-        losses[chunk] = total * log_sum_exp - _bag_term(picked, share, total, sum_to_one)
+            logits.copy_(rows @ head.T)
+        mine = (targets >= 0) & (targets < vocabulary)
+        targets = targets.where(mine, 0)
+        picked = logits.gather(-1, targets).to(accumulate)
+        picked = (picked if soft_cap is None else soft_cap * torch.tanh(picked / soft_cap)).where(mine, 0)
+        if kernels:
+            top, normaliser = kernels.log_sum_exp(logits, soft_cap)
+        else:
+            top, normaliser, bend = _exponentials(logits, soft_cap)
+        own_top = top
+        if group:
+            top, normaliser, picked = _over_ranks(top, normaliser, picked, group)
+        log_sum_exp = top + normaliser.log()
+        losses[here] = _row_losses(log_sum_exp, picked, share, total, sum_to_one, z_loss)
         if not gradients:
             continue
         if sum_to_one:
             share = total[:, None] * torch.softmax(picked + share.where(total[:, None] > 0, 1).log(), -1)
-        values.mul_((scale[chunk] * total / normaliser)[:, None])
-        values.scatter_add_(-1, targets, -scale[chunk, None] * share.to(accumulate))
-        slopes = values.to(dtype)
-        d_hidden[chunk] = slopes @ head
+        factor = scale[here] * total * (1 + 2 * z_loss * log_sum_exp) * torch.exp(own_top - top) / normaliser
+        taken = (scale[here, None] * share).where(mine, 0).to(accumulate)
+        if kernels:
+            kernels.overwrite_with_gradient(logits, own_top, factor, targets, taken, soft_cap)
+        else:
+            logits.mul_(factor[:, None]).scatter_add_(-1, targets, -taken)
+            if bend is not None:
+                logits.mul_(bend)
+        slopes = logits.to(dtype)
+        d_hidden[here] = slopes @ head
         if dtype == accumulate:
             d_weight.addmm_(slopes.T, rows)
         else:
@@ -181,8 +261,32 @@ def _linear_total(
     return (losses * scale).sum(), losses, d_hidden, d_weight.to(weight.dtype)
 
 
+def _exponentials(logits: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In place, the (capped) logits ``[n, V]`` less their largest to the power of e; that largest ``[n]``, their sum ``[n]``,
+    and where capped the derivative of the cap ``[n, V]``."""
+    bend = None
+    if soft_cap is not None:
+        logits.div_(soft_cap).tanh_()
+        bend = 1 - logits.square()
+        logits.mul_(soft_cap)
+    top = logits.amax(-1)
+    return top, logits.sub_(top[:, None]).exp_().sum(-1), bend
+
+
+def _over_ranks(top: Tensor, normaliser: Tensor, picked: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of the whole vocabulary, from each rank's share of it; a target's logit is zero but on the rank that has it."""
+    own = torch.cat([top[:, None], normaliser[:, None], picked], -1)
+    process_group = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+    gathered = [torch.empty_like(own) for _ in range(process_group.size())]
+    dist.all_gather(gathered, own, process_group)
+    parts = torch.stack(gathered)
+    tops = parts[..., 0]
+    top = tops.amax(0)
+    return top, (parts[..., 1] * torch.exp(tops - top)).sum(0), parts[..., 2:].sum(0)
+
+
 @_linear_total.register_fake
-def _(hidden, weight, bags, coefficients, scale, sum_to_one, dtype, gradients):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bags, coefficients, scale, gradients, dtype, *_):  # type: ignore[no-untyped-def]
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     losses = hidden.new_empty(len(hidden), dtype=accumulate)
     if not gradients:
@@ -199,9 +303,9 @@ def _save_gradients(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def
 def _scale_gradients(ctx, gradient, *_):  # type: ignore[no-untyped-def]
     d_hidden, d_weight = ctx.saved_tensors
     # Elsewhere than on a CPU the question would wait for the device; a subclass stands for a traced tensor without a value.
-    if type(gradient) is Tensor and gradient.device.type == "cpu" and gradient == 1:
-        return d_hidden, d_weight, None, None, None, None, None, None
-    return gradient.to(d_hidden.dtype) * d_hidden, gradient.to(d_weight.dtype) * d_weight, None, None, None, None, None, None
+    if not (type(gradient) is Tensor and gradient.device.type == "cpu" and gradient == 1):
+        d_hidden, d_weight = gradient.to(d_hidden.dtype) * d_hidden, gradient.to(d_weight.dtype) * d_weight
+    return (d_hidden, d_weight, *[None] * 11)
 
 
 _linear_total.register_autograd(_scale_gradients, setup_context=_save_gradients)
@@ -209,27 +313,37 @@ _linear_total.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 @torch.library.custom_op("superpose::linear_multi_hot_rows", mutates_args=())
 def _linear_rows(
-    hidden: Tensor, weight: Tensor, bags: Tensor, coefficients: Tensor, sum_to_one: bool, dtype: torch.dtype
+    hidden: Tensor,
+    weight: Tensor,
+    bags: Tensor,
+    coefficients: Tensor,
+    dtype: torch.dtype,
+    chunk: int,
+    sum_to_one: bool,
+    soft_cap: float | None,
+    z_loss: float,
+    group: str,
+    first: int,
 ) -> Tensor:
     """The losses ``[N]``; the backward pass, which alone knows the gradient of each, computes the logits again."""
+    options = _Options(dtype, chunk, sum_to_one, soft_cap, z_loss, group, first)
     unscaled = torch.ones(len(hidden), device=hidden.device)
-    return _linear_total(hidden, weight, bags, coefficients, unscaled, sum_to_one, dtype, False)[1]
+    return _linear_total(hidden, weight, bags, coefficients, unscaled, False, *options)[1]
 
 
 @_linear_rows.register_fake
-def _(hidden, weight, bags, coefficients, sum_to_one, dtype):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bags, coefficients, dtype, *_):  # type: ignore[no-untyped-def]
     return hidden.new_empty(len(hidden), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def _save_inputs(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.sum_to_one, ctx.dtype = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.options = inputs[4:]
+    ctx.save_for_backward(*inputs[:4])
 
 
 def _rows_backward(ctx, gradient):  # type: ignore[no-untyped-def]
-    hidden, weight, bags, coefficients = ctx.saved_tensors
-    _, _, d_hidden, d_weight = _linear_total(hidden, weight, bags, coefficients, gradient, ctx.sum_to_one, ctx.dtype, True)
-    return d_hidden, d_weight, None, None, None, None
+    _, _, d_hidden, d_weight = _linear_total(*ctx.saved_tensors, gradient, True, *ctx.options)
+    return (d_hidden, d_weight, *[None] * 9)
 
 
 _linear_rows.register_autograd(_rows_backward, setup_context=_save_inputs)

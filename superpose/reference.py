@@ -49,17 +49,26 @@ def multi_hot_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | N
 
 
 def row_losses(
-    logits: Tensor, targets: Tensor, weights: Tensor, ignore_index: int = -100, sum_to_one: bool = False
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    ignore_index: int = -100,
+    sum_to_one: bool = False,
+    soft_cap: float | None = None,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Both losses row by row in float64, with ignored targets anywhere: ``[N, V], [N, s], [s] -> ([N], [N])``.
 
     Returns the loss of each row times the weight of its valid targets, and that weight. Mean form: −Σ_i w_i log P(y_i).
-    Sum-to-one form: −log Σ_i w_i P(y_i). Defines what ``superpose.loss`` computes.
+    Sum-to-one form: −log Σ_i w_i P(y_i). Logits are bent to soft_cap·tanh(z/soft_cap) first, and a row's loss grows by
+    z_loss·logsumexp(z)². Defines what ``superpose.loss`` computes.
     """
     weights = weights.double() / weights.double().sum()
     losses, row_weights = [], []
-    for row, bag in zip(logits.double(), targets, strict=True):
-        log_probability = row - torch.logsumexp(row, 0)
+    bent = logits.double() if soft_cap is None else soft_cap * torch.tanh(logits.double() / soft_cap)
+    for row, bag in zip(bent, targets, strict=True):
+        normaliser = torch.logsumexp(row, 0)
+        log_probability = row - normaliser
         valid = [i for i in range(len(bag)) if bag[i] != ignore_index]
         weight = sum((weights[i] for i in valid), torch.zeros((), dtype=torch.float64))
         if not valid:
@@ -69,6 +78,6 @@ def row_losses(
             loss = -weight * torch.log(mass / weight)
         else:
             loss = -torch.stack([weights[i] * log_probability[bag[i]] for i in valid]).sum()
-        losses.append(loss)
+        losses.append(loss + weight * z_loss * normaliser**2)
         row_weights.append(weight)
     return torch.stack(losses), torch.stack(row_weights)

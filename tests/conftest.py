@@ -1,8 +1,12 @@
+import os
 import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, and again when a kernel is defined
 
 from superpose.data.prepare import prepare
 from superpose.experiment.recipe import Recipe

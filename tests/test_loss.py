@@ -10,6 +10,8 @@ from superpose import linear_multi_hot_cross_entropy, loss, multi_hot_cross_entr
 
 FORMS = [False, True]
 REDUCTIONS = ["mean", "sum", "none"]
+#: With a cap well inside the logits' range, so that it bends them.
+BENT = [{}, {"soft_cap": 1.5}, {"z_loss": 0.1}, {"soft_cap": 1.5, "z_loss": 0.1}]
 
 
 def problem(seed, rows=13, width=8, vocabulary=23, bag=4, dtype=torch.float32, ignored=0.2):
@@ -25,8 +27,8 @@ def problem(seed, rows=13, width=8, vocabulary=23, bag=4, dtype=torch.float32, i
     return hidden, head, targets, torch.rand(bag) + 0.1
 
 
-def oracle(hidden, head, targets, weights, reduction, sum_to_one):
-    rows, row_weights = reference.row_losses(hidden @ head.T, targets, weights, sum_to_one=sum_to_one)
+def oracle(hidden, head, targets, weights, reduction, **options):
+    rows, row_weights = reference.row_losses(hidden @ head.T, targets, weights, **options)
     return {"mean": rows.sum() / row_weights.sum(), "sum": rows.sum(), "none": rows}[reduction]
 
 
@@ -41,13 +43,19 @@ def relative(found, expected):
 @pytest.mark.parametrize("sum_to_one", FORMS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 2**31), rows=st.integers(3, 20), bag=st.integers(1, 6), vocabulary=st.integers(8, 40))
-def test_linear_form_equals_the_reference_in_float32(sum_to_one, reduction, seed, rows, bag, vocabulary):
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(3, 20),
+    bag=st.integers(1, 6),
+    vocabulary=st.integers(8, 40),
+    bent=st.sampled_from(BENT),
+)
+def test_linear_form_equals_the_reference_in_float32(sum_to_one, reduction, seed, rows, bag, vocabulary, bent):
     hidden, head, targets, weights = problem(seed, rows=rows, vocabulary=vocabulary, bag=bag)
     exact = [hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_()]
-    expected = oracle(*exact, targets, weights, reduction, sum_to_one)
-    options = {"weights": weights, "reduction": reduction, "sum_to_one": sum_to_one}
-    found = linear_multi_hot_cross_entropy(hidden, head, targets, **options)
+    options = {"reduction": reduction, "sum_to_one": sum_to_one, **bent}
+    expected = oracle(*exact, targets, weights, **options)
+    found = linear_multi_hot_cross_entropy(hidden, head, targets, weights=weights, **options)
     upstream = torch.rand(expected.shape, dtype=torch.float64)
     assert found.dtype == torch.float32
     assert relative(found, expected) < 1e-6
@@ -56,12 +64,14 @@ def test_linear_form_equals_the_reference_in_float32(sum_to_one, reduction, seed
 
 
 @pytest.mark.parametrize("sum_to_one", FORMS)
+@pytest.mark.parametrize("bent", BENT)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_linear_form_in_bfloat16(sum_to_one, reduction):
+def test_linear_form_in_bfloat16(sum_to_one, reduction, bent):
     hidden, head, targets, weights = problem(0, rows=200, width=64, vocabulary=300, dtype=torch.bfloat16)
     exact = [hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_()]
-    expected = oracle(*exact, targets, weights, reduction, sum_to_one)
-    found = linear_multi_hot_cross_entropy(hidden, head, targets, weights=weights, reduction=reduction, sum_to_one=sum_to_one)
+    options = {"reduction": reduction, "sum_to_one": sum_to_one, **bent}
+    expected = oracle(*exact, targets, weights, **options)
+    found = linear_multi_hot_cross_entropy(hidden, head, targets, weights=weights, **options)
     upstream = torch.rand(expected.shape, dtype=torch.float64)
     assert relative(found, expected) < 1e-2
     for ours, theirs in zip(gradients(found, upstream, hidden, head), gradients(expected, upstream, *exact), strict=True):
@@ -70,13 +80,15 @@ def test_linear_form_in_bfloat16(sum_to_one, reduction):
 
 
 @pytest.mark.parametrize("sum_to_one", FORMS)
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("bag", [1, 4])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_logits_form_equals_the_reference(sum_to_one, reduction):
-    hidden, head, targets, weights = problem(1)
+def test_logits_form_equals_the_reference(sum_to_one, reduction, bag, z_loss):
+    hidden, head, targets, weights = problem(1, bag=bag)
     exact = [hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_()]
-    expected = oracle(*exact, targets, weights, reduction, sum_to_one)
-    options = {"weights": weights, "reduction": reduction, "sum_to_one": sum_to_one}
-    found = multi_hot_cross_entropy(hidden @ head.T, targets, **options)
+    options = {"reduction": reduction, "sum_to_one": sum_to_one, "z_loss": z_loss}
+    expected = oracle(*exact, targets, weights, **options)
+    found = multi_hot_cross_entropy(hidden @ head.T, targets, weights=weights, **options)
     upstream = torch.rand(expected.shape, dtype=torch.float64)
     assert relative(found, expected) < 1e-6
     for ours, theirs in zip(gradients(found, upstream, hidden, head), gradients(expected, upstream, *exact), strict=True):
@@ -194,8 +206,9 @@ def test_custom_ops_are_registered_as_torch_demands():
     hidden, head, targets, weights = problem(10)
     coefficients, row_weight = loss._target_weights(targets, weights, -100)
     arguments = (hidden, head, targets.clamp_min(0), coefficients)
-    torch.library.opcheck(loss._linear_rows, (*arguments, False, torch.float32))
-    torch.library.opcheck(loss._linear_total, (*arguments, torch.ones_like(row_weight), True, torch.float32, True))
+    options = loss._Options(torch.float32, chunk=64, sum_to_one=False, soft_cap=2.0, z_loss=0.1, group="", first=0)
+    torch.library.opcheck(loss._linear_rows, (*arguments, *options))
+    torch.library.opcheck(loss._linear_total, (*arguments, torch.ones_like(row_weight), True, *options))
 
 
 def test_compiles_without_a_graph_break():

@@ -30,7 +30,7 @@ ARCHITECTURES = {
     "qwen3_moe": {**EXPERTS, "num_experts": 4},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True},
     "olmo2": {},
-    "gemma2": {},
+    "gemma2": {"final_logit_softcapping": 0.3},  # a cap that these logits feel
     "gemma3_text": {},
     "phi3": {},
     "gpt_neox": {},
@@ -58,7 +58,7 @@ ARCHITECTURES = {
     "phi": {},
 }
 #: Their logits are not the head's product alone: a soft-cap, a bias.
-FULL_LOGITS = {"gemma2", "phi"}
+FULL_LOGITS = {"phi"}
 
 
 def build(name="llama", **changes):
@@ -266,23 +266,3 @@ def test_a_shuffled_stock_trainer_is_refused(store, tmp_path):
     arguments = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=4, report_to="none", use_cpu=True)
     with pytest.raises(superpose.InputError, match="sequential"):
         Trainer(superpose.attach(build(vocab_size=257)), arguments, train_dataset=data).train()
-
-
-def test_a_head_that_is_sharded_when_the_loss_needs_it_is_refused(tmp_path):
-    import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
-
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
-    try:
-        folded = ids(2, 8, 4)
-        for reshard in (True, False):
-            model = superpose.attach(build())
-            fully_shard(model.lm_head, reshard_after_forward=reshard)
-            fully_shard(model)
-            if reshard:
-                with pytest.raises(ValueError, match="reshard_after_forward=False"):
-                    model(input_ids=folded, labels=folded)
-            else:
-                model(input_ids=folded, labels=folded).loss.backward()
-    finally:
-        dist.destroy_process_group()
