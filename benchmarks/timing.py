@@ -53,8 +53,8 @@ class Figures:
 def in_turn(candidates: dict[str, Callable[[], object]], seconds: float, *, warm_up: bool = True) -> dict[str, Row]:
     """Run the candidates in turn, A B C A B C …, for about ``seconds``, and return the median of each with its spread.
 
-    Whatever else the machine does falls on all of them alike. ``× first`` is the ratio of the medians to the first candidate's,
-    ``spread`` the distance of the quartiles over the median.
+    Whatever else the machine does falls on all of them alike. ``× first`` is the median over the rounds of the ratio to the first
+    candidate of the same round, ``spread`` the distance of the quartiles over the median.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     if warm_up:
@@ -72,13 +72,13 @@ def in_turn(candidates: dict[str, Callable[[], object]], seconds: float, *, warm
 
 
 def summary(seconds: list[float], reference: list[float]) -> Row:
-    """The row of one candidate from the seconds of its rounds and of the reference's."""
+    """The row of one candidate from the seconds of its rounds and of the reference's, round by round."""
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return {
         "median s": median,
         "spread": (high - low) / median,
         "rounds": len(seconds),
-        "× first": median / statistics.median(reference),
+        "× first": statistics.median(own / first for own, first in zip(seconds, reference, strict=True)),
     }
 
 

@@ -33,9 +33,10 @@ class Parts(NamedTuple):
 
 
 def local_parts(hidden: Tensor, weight: Tensor, targets: Tensor) -> Parts:
-    """This rank's parts of ``hidden [..., d]`` and ``weight [V, d]``, DTensors on a mesh of one dimension, the weight ``Shard(0)``.
+    """This rank's parts of ``hidden [..., d]`` and ``weight [V, d]``, DTensors on a mesh of one dimension.
 
-    ``targets`` are the whole ones, or a DTensor. Hidden states sharded otherwise (sequence parallelism) are gathered.
+    The weight has the placement ``Shard(0)``. ``targets`` are the whole ones, or a DTensor. Hidden states sharded otherwise
+    (sequence parallelism) are gathered.
     """
     assert isinstance(weight, DTensor)
     mesh = weight.device_mesh
