@@ -1,7 +1,6 @@
 """The loss, forward and backward: one log-sum-exp without the full logits, against the published ways and torch's own."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from timing import Figures, Row, Table, Target, in_turn, peak_growth
@@ -142,7 +141,9 @@ def _judge(figures: Figures, measured: Table, dtype: torch.dtype, seconds: float
     ours, its = peaks[OURS, 8], peaks[LISTING, 8]
     bounds = [1 / 2, 1.10, 1.0]
     figures.targets.append(Target(f"{where}: peak memory over the {LISTING}'s", ours / its, 1 / 20))
-    figures.targets.append(Target(f"{where}: peak memory over one float32 copy of the logits", ours / (4 * ROWS * JUDGED), 1 / 2))
+    figures.targets.append(
+        Target(f"{where}: peak memory over one float32 copy of the logits", ours / (4 * ROWS * JUDGED), 1 / 2)
+    )
     for label, bound in zip([f"{LISTING}, s = 8", f"{OURS}, s = 1", f"{CHUNKED}, one-hot"], bounds, strict=True):
         if label in ratios:
             figures.targets.append(Target(f"{where}: time over that of {label}", ratios[label], bound))

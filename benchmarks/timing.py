@@ -53,7 +53,7 @@ class Figures:
 def in_turn(candidates: dict[str, Callable[[], object]], seconds: float, *, warm_up: bool = True) -> dict[str, Row]:
     """Run the candidates in turn, A B C A B C …, for about ``seconds``, and return the median of each with its spread.
 
-    Whatever else the machine does falls on all of them alike. ``× first`` is the median over the rounds of the ratio to the first
+    Whatever else the machine does falls on all alike. ``× first`` is the median over the rounds of the ratio to the first
     candidate of the same round, ``spread`` the distance of the quartiles over the median.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}

@@ -1,4 +1,4 @@
-"""The command line: ``superpose prepare | train | compare | evaluate | sample``.
+"""The command line: ``superpose prepare | analyse | plan | train | compare | evaluate | sample``.
 
 Bad input is one line on the standard error and exit code 2.
 """
@@ -64,6 +64,103 @@ def prepare(
         validation=validation,
         seed=seed,
     )
+
+
+def analyse(
+    data: Positional[Path], out: Path | None = None, split: str = "train", tokens: str = "8M", seed: int = 0
+) -> None:
+    """Measure what bears on superposition in a prepared store: how far tokens inform each other, and how often they repeat.
+
+    Args:
+        data: A prepared store.
+        out: Directory of the plot and the tables, runs/NAME-analysis by default.
+        split: Split of the store.
+        tokens: Tokens to look at, at most, such as 500K or 8M: pieces spread evenly over the split.
+        seed: Seed of the shuffled pairs.
+    """
+    from superpose.experiment.analyse import analyse, sentences, tables, write_analysis
+
+    analysis = analyse(data, split=split, tokens=int(_count("tokens", tokens)), seed=seed)
+    console = Console(highlight=False)
+    for table in tables(analysis):
+        console.print(table)
+    for sentence in sentences(analysis):
+        console.print(sentence, markup=False)
+    paths = write_analysis(analysis, out or Path("runs") / f"{data.resolve().name}-analysis")
+    console.print(f"written: {', '.join(map(str, paths))}", markup=False, soft_wrap=True)
+
+
+def plan(
+    params: str,
+    steps: str,
+    tokens: str | None = None,
+    positions_per_step: str = "2097152",
+    weighting: str = "uniform",
+    sweep: tuple[Path, ...] = (),
+    gpu: str = "H100",
+    gpus: int = 1,
+    mfu: float = 0.35,
+    price: float | None = None,
+    errors: bool = False,
+    out: Path | None = None,
+) -> None:
+    """Say which bag size and ratio a run should take, what they should gain, and what the run needs.
+
+    Args:
+        params: Parameters of the model, such as 600M.
+        steps: Optimizer steps, such as 20000 or 20K.
+        tokens: Data tokens there are, such as 60B; without it data is no limit.
+        positions_per_step: Positions of an optimizer step over all devices; the published grids have 2097152.
+        weighting: Position weights: uniform or power-law.
+        sweep: Sweeps of your own, CSV files with the columns of the published grids; their steps have positions_per_step.
+        gpu: Kind of GPU, such as H100, B200 or A100.
+        gpus: Number of them.
+        mfu: Model FLOPs utilisation to reckon with.
+        price: Price of a GPU-hour, in any currency.
+        errors: Also print the model's cross-validated errors, grid by grid.
+        out: Directory for plots of the plan and of the model against the grids.
+    """
+    from superpose.experiment import plan as planner
+    from superpose.experiment.grid_model import cross_validate
+
+    run = planner.Run(
+        params=_count("params", params),
+        steps=int(_count("steps", steps)),
+        tokens=None if tokens is None else _count("tokens", tokens),
+        positions_per_step=_count("positions-per-step", positions_per_step),
+        weighting=weighting,
+    )
+    hardware = planner.Hardware(gpu, gpus, mfu, price)
+    model, rows = planner.load_model(sweep, run.positions_per_step)
+    made = planner.make_plan(run, model, rows)
+    console = Console(highlight=False)
+    for warning in made.warnings:
+        console.print(f"warning: {warning}", style="bold red", markup=False)
+    for sentence in planner.sentences(made):
+        console.print(sentence, markup=False)
+    console.print(planner.costs_table(made, hardware))
+    console.print(planner.settings_table(made))
+    validated = cross_validate(model)
+    if errors:
+        console.print(planner.errors_table(validated))
+    console.print(planner.error_sentence(validated), markup=False)
+    if out:
+        from superpose.experiment.plan_plots import write_plan_plots
+
+        console.print(f"plots: {', '.join(map(str, write_plan_plots(made, model, out)))}", markup=False, soft_wrap=True)
+
+
+def _count(name: str, text: str) -> float:
+    """A number with K, M, B or T behind it; InputError names the option."""
+    from superpose.experiment.grid_model import parse_count
+
+    try:
+        value = parse_count(text)
+        if value < 1:
+            raise ValueError
+    except ValueError:
+        raise InputError(f"--{name} {text!r} is not a number of at least 1: write it like 600M, 2.1B or 20000") from None
+    return value
 
 
 def train(recipe: Positional[Path], fields: Fields = (), out: Path | None = None, resume: bool = False) -> None:
@@ -194,7 +291,8 @@ def _hide_weight_bars() -> None:
 
 def main() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"superpose: {message}\n"
-    commands: dict[str, Any] = {"prepare": prepare, "train": train, "compare": compare, "evaluate": evaluate, "sample": sample}
+    functions = (prepare, analyse, plan, train, compare, evaluate, sample)
+    commands: dict[str, Any] = {function.__name__: function for function in functions}
     arguments = [argument for argument in sys.argv[1:] if argument != "--set" and not FIELD.match(argument)]
     fields = [argument for argument in sys.argv[1:] if FIELD.match(argument)]
     if fields:
