@@ -10,15 +10,25 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from superpose.accounting import count_parameters
 from superpose.data.batches import ScheduledTokens
@@ -47,12 +57,12 @@ FREE = (
 )
 
 
-def train(recipe: Recipe, out: str | Path, *, resume: bool = False) -> dict[str, Any]:
+def train(recipe: Recipe, out: str | Path, *, resume: bool = False, forks: Collection[int] = ()) -> dict[str, Any]:
     """Train ``recipe`` into the directory ``out`` and return its summary. Raises InputError for what the user can mend.
 
     Without ``resume`` the directory must be new or empty; with it, training continues from the last checkpoint that is whole
     (from the start where there is none), bit for bit as if it had not stopped. Runs on as many processes as torchrun or
-    accelerate launch started.
+    accelerate launch started. A checkpoint of each step of ``forks`` stays under ``out/forks``, for `branch`.
     """
     out = Path(out)
     main = is_main_process()
@@ -61,10 +71,55 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False) -> dict[str,
     with _claimed(out, recipe, resume) if main else nullcontext():
         if main and resume:
             _check_data(out, store)
-        return _train(recipe, out, store, validation, resume)
+        return _train(recipe, out, store, validation, resume, forks)
 
 
-def _train(recipe: Recipe, out: Path, store: TokenStore, validation: TokenStore, resume: bool) -> dict[str, Any]:
+def branch(trunk: Path, step: int, recipe: Recipe, out: Path) -> dict[str, Any]:
+    """Train ``recipe`` into ``out`` from where the run in ``trunk`` stood after ``step``, and return its summary.
+
+    Both recipes must ask for the same steps until then; the result is that of `train` from the start, bit for bit on a CPU.
+    ``step`` was one of the forks of the trunk. A branch that was interrupted continues.
+    """
+    if is_main_process() and not (out / "recipe.toml").exists():
+        making = out.with_name(out.name + ".part")
+        shutil.rmtree(making, ignore_errors=True)
+        shutil.copytree(fork_path(trunk, step), making / f"checkpoint-{step}")
+        for name in ("metrics.jsonl", "environment.json"):
+            shutil.copy(trunk / name, making / name)
+        (making / "recipe.toml").write_text(recipe.to_toml())
+        making.rename(out)
+    while not (out / "recipe.toml").exists():  # the other processes, which may be here first
+        time.sleep(0.1)
+    return train(recipe, out, resume=True)
+
+
+def fork_path(trunk: Path, step: int) -> Path:
+    """Where `train` keeps the checkpoint of a step that branches start from."""
+    return trunk / "forks" / f"checkpoint-{step}"
+
+
+class _Forks(TrainerCallback):
+    """Keeps the checkpoints of some steps, which would be removed after newer ones."""
+
+    def __init__(self, out: Path, steps: Collection[int]) -> None:
+        self.out, self.steps = out, steps
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step in self.steps:
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        fork = fork_path(self.out, state.global_step)
+        if state.is_world_process_zero and state.global_step in self.steps and not fork.exists():
+            part = fork.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(self.out / f"checkpoint-{state.global_step}", part)
+            part.rename(fork)
+
+
+def _train(
+    recipe: Recipe, out: Path, store: TokenStore, validation: TokenStore, resume: bool, forks: Collection[int]
+) -> dict[str, Any]:
     set_seed(recipe.seed)
     model = build_model(recipe.model, store.vocab_size)
     attach(model, sum_to_one=recipe.superposition.loss == "sum-to-one")
@@ -79,7 +134,7 @@ def _train(recipe: Recipe, out: Path, store: TokenStore, validation: TokenStore,
         eval_dataset=validation_windows(validation, training.positions, recipe.data.evaluation_tokens),
         bytes_per_token=validation.bytes_per_token,
         metrics=out / "metrics.jsonl",
-        callbacks=[ProgressBar(data.schedule)],
+        callbacks=[ProgressBar(data.schedule), _Forks(out, forks)],
     )
     main = trainer.is_world_process_zero()
     if main:
