@@ -1,4 +1,4 @@
-"""The command line: ``superpose prepare | analyse | plan | train | compare | evaluate | sample``.
+"""The command line: ``superpose prepare | analyse | plan | train | compare | sweep | evaluate | sample``.
 
 Bad input is one line on the standard error and exit code 2.
 """
@@ -66,9 +66,7 @@ def prepare(
     )
 
 
-def analyse(
-    data: Positional[Path], out: Path | None = None, split: str = "train", tokens: str = "8M", seed: int = 0
-) -> None:
+def analyse(data: Positional[Path], out: Path | None = None, split: str = "train", tokens: str = "8M", seed: int = 0) -> None:
     """Measure what bears on superposition in a prepared store: how far tokens inform each other, and how often they repeat.
 
     Args:
@@ -85,7 +83,7 @@ def analyse(
     for table in tables(analysis):
         console.print(table)
     for sentence in sentences(analysis):
-        console.print(sentence, markup=False)
+        console.print(sentence, markup=False, soft_wrap=True)
     paths = write_analysis(analysis, out or Path("runs") / f"{data.resolve().name}-analysis")
     console.print(f"written: {', '.join(map(str, paths))}", markup=False, soft_wrap=True)
 
@@ -137,7 +135,7 @@ def plan(
     for warning in made.warnings:
         console.print(f"warning: {warning}", style="bold red", markup=False)
     for sentence in planner.sentences(made):
-        console.print(sentence, markup=False)
+        console.print(sentence, markup=False, soft_wrap=True)
     console.print(planner.costs_table(made, hardware))
     console.print(planner.settings_table(made))
     validated = cross_validate(model)
@@ -244,6 +242,60 @@ def compare(
     console.print(f"report: {report}")
 
 
+def sweep(
+    recipe: Positional[Path],
+    fields: Fields = (),
+    out: Path | None = None,
+    bag_sizes: str = "2,4,8",
+    ratios: str = "0.1,0.2,0.3,0.4",
+    weightings: str = "uniform",
+    seeds: int = 1,
+) -> None:
+    """Train a grid of bag sizes and step ratios at equal FLOPs against one baseline. Finished cells are not run again.
+
+    Args:
+        recipe: A recipe in TOML; its own bag size and ratio do not count.
+        fields: Fields to change, such as training.steps=100; the --set may be left out.
+        out: Directory of the sweep, runs/NAME-sweep by default.
+        bag_sizes: Bag sizes separated by commas.
+        ratios: Step ratios separated by commas; those of one bag size share their superposition phase.
+        weightings: Position weights separated by commas: uniform, power-law, exponential, first.
+        seeds: Seeds of each cell, counted from the recipe's.
+    """
+    _hide_weight_bars()
+    from superpose.experiment.recipe import load_recipe
+    from superpose.experiment.sweep import sweep
+    from superpose.experiment.sweep_plots import sweep_table, verdict, write_sweep_plot
+
+    loaded = load_recipe(recipe, fields)
+    out = out or Path("runs") / f"{loaded.name}-sweep"
+    names = [weighting.strip() for weighting in weightings.split(",")]
+    rows = sweep(
+        loaded,
+        out,
+        bag_sizes=_numbers("bag-sizes", bag_sizes, int),
+        ratios=_numbers("ratios", ratios, float),
+        weightings=names,
+        seeds=seeds,
+    )
+    if not rows:
+        return
+    plot = write_sweep_plot(rows, out)
+    console = Console(highlight=False)
+    console.rule()
+    for name in names:
+        console.print(sweep_table(rows, name))
+    console.print(verdict(rows), markup=False)
+    console.print(f"rows: {out / 'sweep.csv'}, picture: {plot}", markup=False, soft_wrap=True)
+
+
+def _numbers(name: str, text: str, kind: Any) -> list[Any]:
+    try:
+        return [kind(number) for number in text.split(",")]
+    except ValueError:
+        raise InputError(f"--{name} {text!r} is not a list of numbers: write them like 2,4,8") from None
+
+
 def evaluate(
     model: Positional[str], data: Path, positions: int | None = None, tokens: int = 2**24, batch_size: int = 8
 ) -> None:
@@ -291,7 +343,7 @@ def _hide_weight_bars() -> None:
 
 def main() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"superpose: {message}\n"
-    functions = (prepare, analyse, plan, train, compare, evaluate, sample)
+    functions = (prepare, analyse, plan, train, compare, sweep, evaluate, sample)
     commands: dict[str, Any] = {function.__name__: function for function in functions}
     arguments = [argument for argument in sys.argv[1:] if argument != "--set" and not FIELD.match(argument)]
     fields = [argument for argument in sys.argv[1:] if FIELD.match(argument)]

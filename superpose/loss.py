@@ -221,23 +221,26 @@ def _linear_total(
     buffer = torch.empty(size, vocabulary, dtype=dtype if kernels else accumulate, device=hidden.device)
     for start in range(0, count, size):
         here = slice(start, min(start + size, count))
-        rows, targets, share, total = hidden[here].to(dtype), bags[here] - first, coefficients[here], row_weight[here]
+        rows, targets, share, total = hidden[here].to(dtype), bags[here], coefficients[here], row_weight[here]
         logits = buffer[: len(rows)]
         if dtype == buffer.dtype:
             torch.mm(rows, head.T, out=logits)
         else:
             logits.copy_(rows @ head.T)
-        mine = (targets >= 0) & (targets < vocabulary)
-        targets = targets.where(mine, 0)
+        taken = scale[here, None].to(accumulate)
+        if group:
+            mine = (targets >= first) & (targets < first + vocabulary)
+            targets, taken = (targets - first).where(mine, 0), taken * mine
         picked = logits.gather(-1, targets).to(accumulate)
-        picked = (picked if soft_cap is None else soft_cap * torch.tanh(picked / soft_cap)).where(mine, 0)
+        if soft_cap is not None:
+            picked = soft_cap * torch.tanh(picked / soft_cap)
         if kernels:
             top, normaliser = kernels.log_sum_exp(logits, soft_cap)
         else:
             top, normaliser, bend = _exponentials(logits, soft_cap)
         own_top = top
         if group:
-            top, normaliser, picked = _over_ranks(top, normaliser, picked, group)
+            top, normaliser, picked = _over_ranks(top, normaliser, picked * mine, group)
         log_sum_exp = top + normaliser.log()
         losses[here] = _row_losses(log_sum_exp, picked, share, total, sum_to_one, z_loss)
         if not gradients:
@@ -245,7 +248,7 @@ def _linear_total(
         if sum_to_one:
             share = total[:, None] * torch.softmax(picked + share.where(total[:, None] > 0, 1).log(), -1)
         factor = scale[here] * total * (1 + 2 * z_loss * log_sum_exp) * torch.exp(own_top - top) / normaliser
-        taken = (scale[here, None] * share).where(mine, 0).to(accumulate)
+        taken = taken * share
         if kernels:
             kernels.overwrite_with_gradient(logits, own_top, factor, targets, taken, soft_cap)
         else:

@@ -14,6 +14,8 @@ LAYERS = [
     "bags",
     "embedding",
     "reference",
+    "kernels",
+    "sharded",
     "loss",
     "schedule",
     "data",

@@ -1,6 +1,8 @@
 import csv
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -94,6 +96,21 @@ def test_a_killed_sweep_continues_with_the_same_result(swept, recipe, tmp_path, 
         run(recipe, tmp_path / "out", bag_sizes=[4])
     monkeypatch.setattr(ScheduledTrainer, "training_step", stock)
     assert run(recipe, tmp_path / "out", bag_sizes=[4]) == [row for row in rows if row["bag_size"] != 2]
+
+
+def test_the_command_prints_a_grid_and_writes_a_picture(swept, recipe, tmp_path):
+    out, _ = swept
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe.to_toml())
+    command = [sys.executable, "-m", "superpose.cli", "sweep", str(path), "--out", str(out), "--bag-sizes"]
+    done = subprocess.run([*command, "2,4", "--ratios", "0.25,0.5"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "r = 0.25" in done.stdout
+    assert "baseline" in done.stdout.splitlines()[-2]
+    assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    done = subprocess.run([*command, "2,many"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--bag-sizes" in done.stderr
 
 
 def test_refuses_what_makes_no_grid(swept, recipe, tmp_path):

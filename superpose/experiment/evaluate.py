@@ -54,6 +54,7 @@ def evaluate(
             report_to="none",
             bf16_full_eval=False,
             bf16=bfloat16_pays(),
+            use_cpu=not torch.accelerator.is_available(),
         )
         loss = Trainer(network, arguments, eval_dataset=windows).evaluate()["eval_loss"]
     nats = min(loss, 700.0)

@@ -1,6 +1,6 @@
 """A grid of bag sizes, step ratios and position weights at equal FLOPs, against one baseline.
 
-The superposition phase at ratio 0.2 is the beginning of that at 0.4: the ratios of one bag size share a trunk. The largest ratio
+The superposition phase at ratio 0.2 is the beginning of that at 0.4: ratios of one bag size share a trunk. The largest ratio
 is trained as a run of its own and keeps a checkpoint where each smaller one leaves it. To read the same tokens in the same
 order the phase is written as stages that end at each ratio, so every cell is also a recipe that `superpose train` trains
 alone, with the same result.

@@ -87,7 +87,7 @@ def _draw(rows: Rows, weighting: str, panels: Sequence[Axes]) -> None:
     found = {cell: fmean(values) if values else math.nan for cell, values in gains(rows, weighting).items()}
     baselines = [row["final_loss"] for row in rows if row["bag_size"] == 1 and row["final_loss"] != ""]
     baseline = fmean(baselines) if baselines else math.nan
-    bag_sizes, ratios = (sorted({cell[axis] for cell in found}) for axis in (0, 1))
+    bag_sizes, ratios = sorted({bag_size for bag_size, _ in found}), sorted({ratio for _, ratio in found})
     for bag_size, colour in zip(bag_sizes, _colours(len(bag_sizes)), strict=True):
         losses = [baseline - found[bag_size, ratio] for ratio in ratios]
         over_ratio.plot([0, *ratios], [baseline, *losses], "o-", color=colour, markersize=4, label=f"s = {bag_size}")
