@@ -106,7 +106,7 @@ def test_the_command_prints_a_grid_and_writes_a_picture(swept, recipe, tmp_path)
     done = subprocess.run([*command, "2,4", "--ratios", "0.25,0.5"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "r = 0.25" in done.stdout
-    assert "baseline" in done.stdout.splitlines()[-2]
+    assert "baseline" in done.stdout
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
     done = subprocess.run([*command, "2,many"], capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
@@ -120,5 +120,8 @@ def test_refuses_what_makes_no_grid(swept, recipe, tmp_path):
         run(recipe, tmp_path, ratios=[0.2, 1.0])
     with pytest.raises(InputError, match="at least 1"):
         run(recipe, tmp_path, seeds=0)
+    with pytest.raises(InputError, match="weighting 'flat' is unknown"):
+        run(recipe, tmp_path / "out", weightings=["flat"])
+    assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="another"):
         run(recipe.replace("training", positions=16), swept[0])

@@ -62,6 +62,8 @@ def sweep(
     ratios = sorted(set(ratios))
     trunks = [(bag_size, weighting) for weighting in weightings for bag_size in bag_sizes]
     cells = [BASELINE, *(Cell(bag_size, ratio, weighting) for bag_size, weighting in trunks for ratio in ratios)]
+    for cell in cells:
+        cell_recipe(recipe, cell).schedule()  # refuses an unknown weighting before anything is trained
     done = 0
     for seed in range(recipe.seed, recipe.seed + seeds):
         seeded = dataclasses.replace(recipe, seed=seed)
