@@ -36,7 +36,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate the saved model at ``model`` (directory or hub id) on the store at ``data``, with plain transformers.
 
-    ``positions`` defaults to the model's longest sequence, at most 2048. Runs in bfloat16 where that is faster. Raises InputError
+    ``positions`` defaults to the model's longest sequence, at most 2048. In bfloat16 where that is faster. Raises InputError
     for a model that cannot be loaded, or one whose vocabulary is smaller than the store's.
     """
     store = TokenStore(data, split)
