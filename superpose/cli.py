@@ -216,7 +216,8 @@ def compare(
         recipe: A recipe in TOML; the arm tst is the recipe itself.
         fields: Fields to change, such as training.steps=100 superposition.bag_size=8; the --set may be left out.
         out: Directory of the comparison, runs/NAME-compare by default.
-        arms: Arms separated by commas: baseline, tst, input-only, output-only, power-law, exponential, first, sum-to-one.
+        arms: Arms separated by commas: baseline, tst, input-only, output-only, uniform, power-law, exponential, first, fitted
+            (to the data), gradual, sum-to-one, staged, optimizer-reset, reinitialised, patch-level.
         seeds: Seeds of each arm, counted from the recipe's.
     """
     _hide_weight_bars()

@@ -7,8 +7,10 @@ stage and the same tokens as an uninterrupted run on one process.
 import json
 import tomllib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from torch import Tensor
 
 from superpose.bags import Weighting, position_weights
 
@@ -26,6 +28,8 @@ class Stage:
     mode: str = "full"
     #: weights of the targets in a bag: a name of `superpose.bags.WEIGHTINGS`, or C0, a, k of a fitted C0 + a·d^k
     weighting: Weighting = "uniform"
+    #: weights that those move to, linearly over the steps of the stage
+    final_weighting: Weighting | None = None
     #: positions are the run's positions divided by this (patch-level training divides by the bag size)
     position_divisor: int = 1
 
@@ -36,9 +40,11 @@ class Stage:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
         if self.mode not in MODES:
             raise ValueError(f"mode {self.mode!r} is unknown: take one of {', '.join(MODES)}")
-        if isinstance(self.weighting, list):
-            object.__setattr__(self, "weighting", tuple(self.weighting))
-        position_weights(self.weighting, self.bag_size)
+        for name in ("weighting", "final_weighting"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+            if getattr(self, name) is not None:
+                position_weights(getattr(self, name), self.bag_size)
 
     @property
     def input_bag(self) -> int:
@@ -53,6 +59,15 @@ class Stage:
     @property
     def superposed(self) -> bool:
         return self.bag_size > 1
+
+    def position_weights(self, step: int) -> Tensor | None:
+        """Weights ``[target_bag]`` of the targets in a bag at ``step`` of the stage, counted from 0; None where they are equal."""
+        if self.target_bag == 1 or (self.weighting == "uniform" and self.final_weighting is None):
+            return None
+        weights = position_weights(self.weighting, self.target_bag)
+        if self.final_weighting is None:
+            return weights
+        return weights.lerp(position_weights(self.final_weighting, self.target_bag), step / max(1, self.steps - 1))
 
     def positions(self, positions: int) -> int:
         """Positions of one sequence in this stage, where a plain one has ``positions``."""
@@ -83,19 +98,26 @@ class Schedule:
 
     @classmethod
     def tst(
-        cls, steps: int, bag_size: int, ratio: float, *, mode: str = "full", weighting: Weighting = "uniform"
+        cls,
+        steps: int,
+        bag_size: int,
+        ratio: float,
+        *,
+        mode: str = "full",
+        weighting: Weighting = "uniform",
+        final_weighting: Weighting | None = None,
     ) -> "Schedule":
         """Token-superposition training: the first ``ratio`` of the steps in bags, the rest plain (paper, method)."""
         superposed = _share(steps, ratio)
-        return cls((Stage(superposed, bag_size, mode, weighting), Stage(steps - superposed)))
+        return cls((Stage(superposed, bag_size, mode, weighting, final_weighting), Stage(steps - superposed)))
 
     @classmethod
     def patch_level(cls, steps: int, bag_size: int, ratio: float) -> "Schedule":
         """Patch-level training (arXiv 2407.12665): the first ``ratio`` of the data in patches of ``bag_size`` tokens.
 
         A step's data tokens stay what they are in plain training and its positions fall to 1/``bag_size``, so ``steps``
-        steps read the data of ``steps`` plain ones. The original restarts optimizer and learning rate at the switch, which a
-        schedule does not do.
+        steps read the data of ``steps`` plain ones. The original restarts optimizer and learning rate at the switch, which is
+        the engine's part (`superpose.engines.switch`).
         """
         patched = _share(steps, ratio)
         return cls((Stage(patched, bag_size, position_divisor=bag_size), Stage(steps - patched)))
@@ -118,6 +140,12 @@ class Schedule:
             starts.append(start)
         return starts
 
+    @property
+    def changes(self) -> list[int]:
+        """The switches at which training changes; where only a stage of the same kind begins, it does not."""
+        pairs = zip(self.stages, self.stages[1:], strict=False)
+        return [switch for switch, (old, new) in zip(self.switches, pairs, strict=True) if replace(old, steps=new.steps) != new]
+
     def stage_index(self, step: int) -> int:
         """Index of the stage that ``step`` belongs to."""
         if not 0 <= step < self.steps:
@@ -126,6 +154,11 @@ class Schedule:
 
     def stage_at(self, step: int) -> Stage:
         return self.stages[self.stage_index(step)]
+
+    def position_weights_at(self, step: int) -> Tensor | None:
+        """Weights of the targets in a bag at ``step``, None where they are equal."""
+        number = self.stage_index(step)
+        return self.stages[number].position_weights(step - [0, *self.switches][number])
 
     def token_offset(self, step: int, positions: int, sequences_per_step: int) -> int:
         """Data tokens read before ``step``; ``step = steps`` gives those of the whole run."""
@@ -178,7 +211,7 @@ class Schedule:
     def to_toml(self) -> str:
         """One ``[[stages]]`` table a stage."""
         tables = (
-            "\n".join(["[[stages]]", *(f"{name} = {json.dumps(value)}" for name, value in stage.items())])
+            "\n".join(["[[stages]]", *(f"{name} = {json.dumps(value)}" for name, value in stage.items() if value is not None)])
             for stage in self.as_dict()["stages"]
         )
         return "\n\n".join(tables) + "\n"

@@ -1,4 +1,5 @@
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -7,6 +8,7 @@ from superpose import Schedule, Stage
 STAGED = Schedule.staged(
     [Stage(3, 8), Stage(5, 4, "input-only", "power-law"), Stage(2, 2, "output-only", (3.63, 1.35, -1.25)), Stage(7)]
 )
+GRADUAL = Schedule.tst(9, 4, 0.3, final_weighting="first")
 
 
 def test_tst_switches_after_the_ratio_of_the_steps():
@@ -72,7 +74,24 @@ def test_edges_of_the_ratio():
     assert Schedule.tst(10, 4, 1.0).stages == (Stage(10, 4),)
 
 
-@pytest.mark.parametrize("schedule", [Schedule.baseline(9), Schedule.tst(9, 4, 0.3, weighting="power-law"), STAGED])
+def test_weights_move_over_their_stage():
+    schedule = Schedule.tst(20, 4, 0.5, final_weighting="first")
+    assert torch.allclose(schedule.position_weights_at(0), torch.full((4,), 0.25))
+    assert torch.equal(schedule.position_weights_at(9), torch.tensor([1.0, 0, 0, 0]))
+    middle = schedule.position_weights_at(3)
+    assert torch.allclose(middle, torch.tensor([0.5, *[1 / 6] * 3]))
+    assert schedule.position_weights_at(10) is None
+    assert Schedule.tst(20, 4, 0.5).position_weights_at(0) is None
+    assert Schedule.tst(20, 4, 0.5, mode="input-only", weighting="first").position_weights_at(0) is None
+
+
+def test_a_switch_between_stages_of_one_kind_changes_nothing():
+    schedule = Schedule.staged([Stage(2, 4), Stage(3, 4), Stage(1, 4, "input-only"), Stage(2), Stage(2)])
+    assert schedule.switches == [2, 5, 6, 8]
+    assert schedule.changes == [5, 6]
+
+
+@pytest.mark.parametrize("schedule", [Schedule.baseline(9), Schedule.tst(9, 4, 0.3, weighting="power-law"), GRADUAL, STAGED])
 def test_toml_round_trip(schedule):
     assert Schedule.from_toml(schedule.to_toml()) == schedule
 

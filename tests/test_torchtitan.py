@@ -337,7 +337,8 @@ def test_samples_join_where_the_text_goes_on():
 @pytest.mark.parametrize("sum_to_one", [False, True])
 def test_the_loss_is_the_weighted_mean_over_valid_targets(mode, sum_to_one):
     inputs, labels = batch()
-    bags, targets = superpose(inputs, labels, Stage(1, 4, mode, "power-law"), separate_documents=False)
+    stage = Stage(1, 4, mode, "power-law")
+    bags, targets = superpose(inputs, labels, stage, weights=stage.position_weights(0), separate_documents=False)
     logits = torch.randn(*targets.shape[:2], 50)
     loss = MultiHotLoss.Config(sum_to_one=sum_to_one).build(compile_config=None)
     loss.weights = bags["position_weights"]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from superpose.bags import fold, following_tokens, position_weights
+from superpose.bags import fold, following_tokens
 from superpose.data.store import TokenStore
 from superpose.errors import InputError
 from superpose.schedule import Schedule, Stage
@@ -79,7 +79,9 @@ class ScheduledTokens(Dataset[dict[str, Tensor]]):
         left = stage.steps * self.sequences_per_step - block * BLOCK
         turn = block * BLOCK + int(_order(self.seed, number, block, min(BLOCK, left))[at])
         offset = self.schedule.token_offset(first, self.positions, self.sequences_per_step) + turn * window
-        return _sample(self._read(offset, window), stage)
+        sample = _sample(self._read(offset, window), stage)
+        weights = self.schedule.position_weights_at(index // self.sequences_per_step)
+        return sample if weights is None else {**sample, "position_weights": weights}
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
         if len({index // self.sequences_per_step for index in indices}) > 1:
@@ -109,10 +111,6 @@ def _sample(tokens: Tensor, stage: Stage) -> dict[str, Tensor]:
     if stage.bag_size == 1:
         return {"input_ids": tokens, "labels": tokens}
     if stage.mode == "output-only":
-        sample = {"input_ids": tokens, "labels": following_tokens(tokens, stage.bag_size)}
-    else:
-        bags = fold(tokens, stage.bag_size)
-        sample = {"input_ids": bags, "labels": bags[:, 0] if stage.mode == "input-only" else bags}
-    if stage.target_bag > 1 and stage.weighting != "uniform":
-        sample["position_weights"] = position_weights(stage.weighting, stage.bag_size)
-    return sample
+        return {"input_ids": tokens, "labels": following_tokens(tokens, stage.bag_size)}
+    bags = fold(tokens, stage.bag_size)
+    return {"input_ids": bags, "labels": bags[:, 0] if stage.mode == "input-only" else bags}

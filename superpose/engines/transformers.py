@@ -8,16 +8,19 @@ apart), reports evaluation in bits per byte, and logs every step just after a sw
 import json
 import math
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from superpose.accounting import flops_per_position
 from superpose.data.batches import ScheduledTokens
+from superpose.engines.switch import AtSwitch, restarted
 from superpose.errors import InputError
 
 #: Steps after a switch whose loss is logged one by one.
@@ -46,6 +49,7 @@ class ScheduledTrainer(Trainer):
 
     train_dataset: the `ScheduledTokens` of the run. eval_dataset: plain windows.
     bytes_per_token: of the evaluated text, for bits per byte.
+    resets: what starts anew at a switch, of `superpose.engines.switch.RESETS`.
     """
 
     def __init__(
@@ -57,15 +61,21 @@ class ScheduledTrainer(Trainer):
         eval_dataset: ScheduledTokens,
         bytes_per_token: float,
         metrics: Path,
+        resets: Collection[str] = (),
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.clock = _Clock()
+        self.resets, changes = resets, train_dataset.schedule.changes
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[_ScheduleCallback(train_dataset, self.clock), *(callbacks or [])],
+            callbacks=[
+                _ScheduleCallback(train_dataset, self.clock),
+                AtSwitch(changes, resets, args.seed),
+                *(callbacks or []),
+            ],
         )
         for stock in (ProgressCallback, PrinterCallback):
             self.remove_callback(stock)
@@ -85,6 +95,13 @@ class ScheduledTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self.clock.start()
         return super().get_batch_samples(*args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None and "restart-schedule" in self.resets:
+            ends = [*self.data.schedule.changes, num_training_steps]
+            stages = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, restarted(self.args, stages))
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
         batch, length = inputs["input_ids"].shape[:2]
@@ -177,7 +194,7 @@ class _ScheduleCallback(TrainerCallback):
 
     def __init__(self, data: ScheduledTokens, clock: _Clock) -> None:
         self.clock = clock
-        self.close = {step for switch in data.schedule.switches for step in range(switch, switch + CLOSE_STEPS + 1)}
+        self.close = {step for switch in data.schedule.changes for step in range(switch, switch + CLOSE_STEPS + 1)}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step in self.close:

@@ -10,20 +10,9 @@ from typing import Any
 from superpose.accounting import count_parameters
 from superpose.data.store import TokenStore
 from superpose.errors import InputError
-from superpose.experiment.recipe import Recipe, SuperpositionSection, load_recipe
+from superpose.experiment.arms import arm_recipe
+from superpose.experiment.recipe import Recipe, load_recipe
 from superpose.experiment.train import build_model, check_same, environment, is_main_process, read_metrics, train
-
-#: What each arm changes in the recipe. ``tst`` is the recipe itself.
-ARMS: dict[str, Callable[[Recipe], Recipe]] = {
-    "baseline": lambda recipe: dataclasses.replace(recipe, superposition=SuperpositionSection()),
-    "tst": lambda recipe: recipe,
-    "input-only": lambda recipe: recipe.replace("superposition", mode="input-only"),
-    "output-only": lambda recipe: recipe.replace("superposition", mode="output-only"),
-    "power-law": lambda recipe: recipe.replace("superposition", weighting="power-law"),
-    "exponential": lambda recipe: recipe.replace("superposition", weighting="exponential"),
-    "first": lambda recipe: recipe.replace("superposition", weighting="first"),
-    "sum-to-one": lambda recipe: recipe.replace("superposition", loss="sum-to-one"),
-}
 
 
 def compare(
@@ -40,21 +29,19 @@ def compare(
     without superposition, and where ``out`` holds runs of another recipe.
     """
     out = Path(out)
-    for arm in arms:
-        if arm not in ARMS:
-            raise InputError(f"arm {arm!r} is unknown: take some of {', '.join(ARMS)}")
     if seeds < 1:
         raise InputError(f"seeds must be at least 1, got {seeds}")
     if not any(stage.superposed for stage in recipe.schedule().stages):
         raise InputError("superposition.bag_size is 1 or its ratio 0: there is nothing to compare with the baseline")
+    recipes = {arm: arm_recipe(arm, recipe) for arm in arms}
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     for seed in range(recipe.seed, recipe.seed + seeds):
         for arm in arms:
-            runs[arm].append(_run(dataclasses.replace(ARMS[arm](recipe), seed=seed), out / arm / f"seed-{seed}", arm, say))
+            runs[arm].append(_run(dataclasses.replace(recipes[arm], seed=seed), out / arm / f"seed-{seed}", arm, say))
     if not is_main_process():
         return {}
     results = _facts(recipe) | {
-        "arms": [{"name": arm, "schedule": ARMS[arm](recipe).schedule().as_dict(), "runs": runs[arm]} for arm in arms]
+        "arms": [{"name": arm, "schedule": recipes[arm].schedule().as_dict(), "runs": runs[arm]} for arm in arms]
     }
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     return results

@@ -15,6 +15,7 @@ from typing import Any
 
 import tomli_w
 
+from superpose.engines.switch import RESETS
 from superpose.errors import InputError
 from superpose.schedule import Schedule, Stage
 
@@ -68,8 +69,14 @@ class SuperpositionSection:
     weighting: str | Sequence[float] = "uniform"
     loss: str = "mean"
     mode: str = "full"
+    #: weights that those of the positions move to over the superposition phase
+    final_weighting: str | Sequence[float] | None = None
+    #: patch-level training's convention: a step's data tokens stay, and its positions fall to 1/bag_size
+    divide_positions: bool = False
     #: explicit stages in order, each with bag_size and ratio (of all steps), and mode or weighting; the rest is plain
     stages: Sequence[dict[str, Any]] = ()
+    #: what starts anew at a switch: reset-optimizer, restart-schedule, reinitialise; TST lets everything carry on
+    at_switch: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -110,19 +117,21 @@ class Recipe:
     def schedule(self) -> Schedule:
         """The schedule of `superposition` over ``training.steps``. Raises InputError that names the field."""
         section, steps = self.superposition, self.training.steps
+        common = {name: getattr(section, name) for name in ("mode", "weighting", "final_weighting")}
         with _naming("superposition"):
+            if section.divide_positions:
+                if section.stages or common != {"mode": "full", "weighting": "uniform", "final_weighting": None}:
+                    raise ValueError("divide_positions takes bag_size and ratio alone")
+                return Schedule.patch_level(steps, section.bag_size, section.ratio)
             if not section.stages:
-                return Schedule.tst(
-                    steps, section.bag_size, section.ratio, mode=section.mode, weighting=_weighting(section.weighting)
-                )
+                return Schedule.tst(steps, section.bag_size, section.ratio, **common)
             stages, end = [], 0.0
             for table in section.stages:
-                table = {"ratio": 0.0, "weighting": section.weighting, "mode": section.mode, **table}
-                _known("superposition.stages", table, ["bag_size", "ratio", "mode", "weighting"])
+                table = {"ratio": 0.0, **common, **table}
+                _known("superposition.stages", table, ["bag_size", "ratio", *common])
                 start, end = end, end + table.pop("ratio")
                 if not 0 <= start <= end <= 1 + 1e-9:
                     raise ValueError("ratios of the stages must be positive and add up to at most 1")
-                table["weighting"] = _weighting(table["weighting"])
                 stages.append(Stage(steps=round(end * steps) - round(start * steps), **table))
             return Schedule.staged([*stages, Stage(steps - round(end * steps))])
 
@@ -171,6 +180,9 @@ class Recipe:
             raise InputError("model needs either architecture (with its shape) or path")
         if self.superposition.loss not in LOSSES:
             raise InputError(f"superposition.loss {self.superposition.loss!r} is unknown: take one of {', '.join(LOSSES)}")
+        for reset in self.superposition.at_switch:
+            if reset not in RESETS:
+                raise InputError(f"superposition.at_switch {reset!r} is unknown: take some of {', '.join(RESETS)}")
         schedule = self.schedule()
         with _naming("training"):
             for stage in schedule.stages:
@@ -221,10 +233,6 @@ class _naming:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, ValueError | TypeError) and not isinstance(error, InputError):
             raise InputError(f"{self.section}: {error}") from None
-
-
-def _weighting(value: Any) -> Any:
-    return value if isinstance(value, str) else tuple(value)
 
 
 def _known(section: str, values: dict[str, Any], names: Sequence[str]) -> None:

@@ -59,6 +59,8 @@ def sweep(
     """
     out = Path(out)
     _check(bag_sizes, ratios, seeds)
+    if recipe.superposition.final_weighting is not None:
+        raise InputError("superposition.final_weighting moves over a whole phase, and ratios share theirs: leave it out")
     ratios = sorted(set(ratios))
     trunks = [(bag_size, weighting) for weighting in weightings for bag_size in bag_sizes]
     cells = [BASELINE, *(Cell(bag_size, ratio, weighting) for bag_size, weighting in trunks for ratio in ratios)]

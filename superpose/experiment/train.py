@@ -134,6 +134,7 @@ def _train(
         eval_dataset=validation_windows(validation, training.positions, recipe.data.evaluation_tokens),
         bytes_per_token=validation.bytes_per_token,
         metrics=out / "metrics.jsonl",
+        resets=recipe.superposition.at_switch,
         callbacks=[ProgressBar(data.schedule), _Forks(out, forks)],
     )
     main = trainer.is_world_process_zero()
@@ -373,7 +374,7 @@ def _summarise(out: Path, data: ScheduledTokens) -> dict[str, Any]:
         "bits_per_byte": final["eval_bits_per_byte"],
         **{name: final[name] for name in ("step", "positions", "data_tokens", "flops", "seconds")},
         "epochs": data.epochs,
-        "switches": [_switch(switch, data.schedule, rows) for switch in data.schedule.switches],
+        "switches": [_switch(switch, data.schedule, rows) for switch in data.schedule.changes],
     }
 
 

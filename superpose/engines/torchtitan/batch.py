@@ -7,7 +7,7 @@ already. A superposed sequence is made of consecutive samples: s·L tokens, L po
 import torch
 from torch import Tensor
 
-from superpose.bags import IGNORE_INDEX, fold, following_tokens, position_weights
+from superpose.bags import IGNORE_INDEX, fold, following_tokens
 from superpose.schedule import Stage
 
 #: The part of a dataloader's batch beside its labels.
@@ -38,13 +38,15 @@ def join(batches: list[tuple[Inputs, Tensor]]) -> tuple[Inputs, Tensor]:
     return inputs, labels
 
 
-def superpose(inputs: Inputs, labels: Tensor, stage: Stage, *, separate_documents: bool) -> tuple[Inputs, Tensor]:
+def superpose(
+    inputs: Inputs, labels: Tensor, stage: Stage, *, weights: Tensor | None = None, separate_documents: bool
+) -> tuple[Inputs, Tensor]:
     """``input [B, W]`` and next-token labels ``[B, W]`` to bags of ``stage``, where W is its window.
 
     Returns ``input [B, L, s]`` with labels ``[B, L, s]`` (mode full), ``[B, L, s]`` with ``[B, L]`` (input-only), or ``[B, L]``
     with ``[B, L, s]`` (output-only), and positions ``[B, L]``. Target i of a bag is the label of the bag's last token, i
     places on, as in the paper's listing 2: the last bag has one target, or none where the loader does not read a token beyond
-    the window. ``position_weights [s]`` are there where they are not uniform.
+    the window. ``weights [s]`` of the targets in a bag, which are equal without, become its ``position_weights [s]``.
 
     Packed documents: bags are cut from the stream and attention is causal over all of it. Separate documents: a document is
     cut into bags by itself and its targets end with it; the up to s − 1 tokens that do not fill a bag are only targets, and
@@ -69,8 +71,8 @@ def superpose(inputs: Inputs, labels: Tensor, stage: Stage, *, separate_document
         if positions is not None:
             positions = torch.arange(ids.shape[1]).expand(ids.shape[:2]).contiguous()
     batch = {"input": ids} if positions is None else {"input": ids, "positions": positions}
-    if stage.target_bag > 1 and stage.weighting != "uniform":
-        batch["position_weights"] = _balanced(position_weights(stage.weighting, bag_size), labels)
+    if weights is not None:
+        batch["position_weights"] = _balanced(weights, labels)
     return batch, labels
 
 

@@ -86,7 +86,8 @@ class Trainer(titan.Trainer):
             inputs, labels = join(batches)
             read = labels.numel()
             if stage.superposed:
-                inputs, labels = superpose(inputs, labels, stage, separate_documents=self.separate_documents)
+                weights = self.schedule.position_weights_at(self.step - 1)
+                inputs, labels = superpose(inputs, labels, stage, weights=weights, separate_documents=self.separate_documents)
             # Throughput is in positions: take out what the plain batches counted beyond them.
             self.metrics_processor.ntokens_since_last_log += inputs["input"].shape[:2].numel() - read
             yield inputs, labels
