@@ -61,7 +61,7 @@ class Stage:
         return self.bag_size > 1
 
     def position_weights(self, step: int) -> Tensor | None:
-        """Weights ``[target_bag]`` of the targets in a bag at ``step`` of the stage, counted from 0; None where they are equal."""
+        """Weights ``[target_bag]`` of the targets in a bag at ``step`` of the stage, from 0; None where they are equal."""
         if self.target_bag == 1 or (self.weighting == "uniform" and self.final_weighting is None):
             return None
         weights = position_weights(self.weighting, self.target_bag)

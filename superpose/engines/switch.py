@@ -53,7 +53,7 @@ def restarted(arguments: TrainingArguments, stages: Sequence[int]) -> Callable[[
     """
     factors = []
     for steps in stages:
-        kwargs: dict[str, Any] = dict(arguments.lr_scheduler_kwargs or {})
+        kwargs: Any = {**(arguments.lr_scheduler_kwargs or {})}  # type: ignore[dict-item]
         if "num_decay_steps" in kwargs:
             kwargs["num_decay_steps"] = round(kwargs["num_decay_steps"] * steps / sum(stages))
         nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)

@@ -100,7 +100,8 @@ class ScheduledTrainer(Trainer):
         if self.lr_scheduler is None and "restart-schedule" in self.resets:
             ends = [*self.data.schedule.changes, num_training_steps]
             stages = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, restarted(self.args, stages))
+            scheduled: Any = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(scheduled, restarted(self.args, stages))
         return super().create_scheduler(num_training_steps, optimizer)
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
