@@ -1,3 +1,4 @@
+import csv
 import json
 from dataclasses import replace
 
@@ -37,6 +38,9 @@ def test_arms_share_weights_data_and_flops(compared):
         assert plain["evaluations"][0]["eval_loss"] == superposed["evaluations"][0]["eval_loss"]  # the same initial weights
     assert baseline[0]["evaluations"][0]["eval_loss"] != baseline[1]["evaluations"][0]["eval_loss"]
     assert results == json.loads((out / "results.json").read_text())
+    with (out / "runs.csv").open() as file:
+        rows = [(row["arm"], int(row["seed"]), float(row["final_loss"])) for row in csv.DictReader(file)]
+    assert rows == [(arm["name"], run["seed"], run["final_loss"]) for arm in results["arms"] for run in arm["runs"]]
 
 
 def test_finished_arms_are_not_run_again(compared, short):

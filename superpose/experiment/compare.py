@@ -1,5 +1,6 @@
 """Arms of one recipe side by side at equal FLOPs, from the same initial weights and the same place in the token stream."""
 
+import csv
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -15,6 +16,10 @@ from superpose.experiment.recipe import Recipe, load_recipe
 from superpose.experiment.train import build_model, check_same, environment, is_main_process, read_metrics, train
 
 
+#: The columns of runs.csv after the arm.
+COLUMNS = ("seed", "parameters", "step", "positions", "data_tokens", "flops", "seconds", "final_loss", "bits_per_byte", "diverged")
+
+
 def compare(
     recipe: Recipe,
     out: str | Path,
@@ -25,6 +30,7 @@ def compare(
 ) -> dict[str, Any]:
     """Train each arm for each seed under ``out/ARM/seed-N`` and return the results, also written to ``out/results.json``.
 
+    ``out/runs.csv`` has a row for each run: its size, its costs and its final validation loss in nats.
     A finished arm is not run again and an interrupted one continues. Raises InputError for an unknown arm, for a recipe
     without superposition, and where ``out`` holds runs of another recipe.
     """
@@ -44,6 +50,10 @@ def compare(
         "arms": [{"name": arm, "schedule": recipes[arm].schedule().as_dict(), "runs": runs[arm]} for arm in arms]
     }
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    with (out / "runs.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ("arm", *COLUMNS), extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows({"arm": arm["name"], **run} for arm in results["arms"] for run in arm["runs"])
     return results
 
 
