@@ -7,7 +7,8 @@ stage and the same tokens as an uninterrupted run on one process.
 import json
 import tomllib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from superpose.bags import Weighting, position_weights
@@ -117,6 +118,12 @@ class Schedule:
             start += stage.steps
             starts.append(start)
         return starts
+
+    @property
+    def changes(self) -> list[int]:
+        """The switches at which training changes; the others only cut a stage, so that another run can share its beginning."""
+        pairs = zip(self.switches, pairwise(self.stages), strict=True)
+        return [step for step, (before, after) in pairs if replace(before, steps=after.steps) != after]
 
     def stage_index(self, step: int) -> int:
         """Index of the stage that ``step`` belongs to."""

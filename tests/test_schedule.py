@@ -17,6 +17,12 @@ def test_tst_switches_after_the_ratio_of_the_steps():
     assert schedule.steps == 20_000
 
 
+def test_a_cut_is_a_switch_and_no_change():
+    schedule = Schedule.staged([Stage(2, 4), Stage(3, 4), Stage(1, 4, mode="output-only"), Stage(4), Stage(5)])
+    assert schedule.switches == [2, 5, 6, 10]
+    assert schedule.changes == [5, 6]
+
+
 def test_data_tokens_are_the_papers_formula():
     baseline = Schedule.baseline(20_000).data_tokens(2048, 1024)
     assert baseline == 20_000 * 2048 * 1024  # 42B, table 1

@@ -41,7 +41,7 @@ class ProgressBar(TrainerCallback):
         step = state.global_step
         description = f"{self._stage(step)} · loss {self.loss:.3f} · validation {self.validation:.3f}"
         self.progress.update(self.task, completed=step, description=description)
-        if state.is_world_process_zero and step in self.schedule.switches:
+        if state.is_world_process_zero and step in self.schedule.changes:
             self._say(f"step {step}: switch to {self._stage(step)}")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
