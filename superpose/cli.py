@@ -209,6 +209,8 @@ def compare(
     out: Path | None = None,
     arms: str = "baseline,tst",
     seeds: int = 1,
+    equal_loss: bool = False,
+    lengths: str | None = None,
 ) -> None:
     """Train arms of a recipe side by side at equal FLOPs and write a report. Finished arms are not run again.
 
@@ -219,16 +221,27 @@ def compare(
         arms: Arms separated by commas: baseline, tst, input-only, output-only, uniform, power-law, exponential, first, fitted
             (to the data), gradual, sum-to-one, staged, optimizer-reset, reinitialised, patch-level.
         seeds: Seeds of each arm, counted from the recipe's.
+        equal_loss: Also train baselines of several lengths, to say how long one must be for the loss of each other arm.
+        lengths: Lengths of those as multiples of the recipe's steps, separated by commas; 0.5,1,1.5,2 by default.
     """
     _hide_weight_bars()
     from superpose.experiment.compare import compare
+    from superpose.experiment.equal_loss import LENGTHS, compare_at_equal_loss
+    from superpose.experiment.equal_loss_plots import equal_loss_sentences, equal_loss_tables
     from superpose.experiment.recipe import load_recipe
     from superpose.experiment.report import write_report
     from superpose.experiment.summary import summarise, table, verdict
 
     loaded = load_recipe(recipe, fields)
     out = out or Path("runs") / f"{loaded.name}-compare"
-    results = compare(loaded, out, arms=[arm.strip() for arm in arms.split(",")], seeds=seeds)
+    names = [arm.strip() for arm in arms.split(",")]
+    if equal_loss:
+        multiples = LENGTHS if lengths is None else _numbers("lengths", lengths, float)
+        results = compare_at_equal_loss(loaded, out, arms=names, seeds=seeds, lengths=multiples)
+    elif lengths is not None:
+        raise InputError("--lengths are those of the baselines that --equal-loss trains: give both")
+    else:
+        results = compare(loaded, out, arms=names, seeds=seeds)
     if not results:
         return
     report = write_report(results, out)
@@ -240,6 +253,12 @@ def compare(
     summaries = summarise(results)
     console.print(table(summaries))
     console.print(verdict(summaries), markup=False)
+    if equal_loss:
+        rows = results["equal_loss"]["rows"]
+        for of_arm in equal_loss_tables(rows):
+            console.print(of_arm)
+        for sentence in equal_loss_sentences(rows):
+            console.print(sentence, markup=False)
     console.print(f"report: {report}")
 
 

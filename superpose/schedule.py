@@ -8,6 +8,7 @@ import json
 import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -142,9 +143,9 @@ class Schedule:
 
     @property
     def changes(self) -> list[int]:
-        """The switches at which training changes; where only a stage of the same kind begins, it does not."""
-        pairs = zip(self.stages, self.stages[1:], strict=False)
-        return [switch for switch, (old, new) in zip(self.switches, pairs, strict=True) if replace(old, steps=new.steps) != new]
+        """The switches at which training changes; the others only cut a stage, so that another run can share its beginning."""
+        pairs = zip(self.switches, pairwise(self.stages), strict=True)
+        return [step for step, (before, after) in pairs if replace(before, steps=after.steps) != after]
 
     def stage_index(self, step: int) -> int:
         """Index of the stage that ``step`` belongs to."""

@@ -19,6 +19,12 @@ def test_tst_switches_after_the_ratio_of_the_steps():
     assert schedule.steps == 20_000
 
 
+def test_a_cut_is_a_switch_and_no_change():
+    schedule = Schedule.staged([Stage(2, 4), Stage(3, 4), Stage(1, 4, mode="output-only"), Stage(4), Stage(5)])
+    assert schedule.switches == [2, 5, 6, 10]
+    assert schedule.changes == [5, 6]
+
+
 def test_data_tokens_are_the_papers_formula():
     baseline = Schedule.baseline(20_000).data_tokens(2048, 1024)
     assert baseline == 20_000 * 2048 * 1024  # 42B, table 1
@@ -83,12 +89,6 @@ def test_weights_move_over_their_stage():
     assert schedule.position_weights_at(10) is None
     assert Schedule.tst(20, 4, 0.5).position_weights_at(0) is None
     assert Schedule.tst(20, 4, 0.5, mode="input-only", weighting="first").position_weights_at(0) is None
-
-
-def test_a_switch_between_stages_of_one_kind_changes_nothing():
-    schedule = Schedule.staged([Stage(2, 4), Stage(3, 4), Stage(1, 4, "input-only"), Stage(2), Stage(2)])
-    assert schedule.switches == [2, 5, 6, 8]
-    assert schedule.changes == [5, 6]
 
 
 @pytest.mark.parametrize("schedule", [Schedule.baseline(9), Schedule.tst(9, 4, 0.3, weighting="power-law"), GRADUAL, STAGED])

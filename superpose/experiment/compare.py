@@ -15,9 +15,9 @@ from superpose.experiment.arms import arm_recipe
 from superpose.experiment.recipe import Recipe, load_recipe
 from superpose.experiment.train import build_model, check_same, environment, is_main_process, read_metrics, train
 
-
-#: The columns of runs.csv after the arm.
-COLUMNS = ("seed", "parameters", "step", "positions", "data_tokens", "flops", "seconds", "final_loss", "bits_per_byte", "diverged")
+#: What a run cost, and the columns of runs.csv.
+ACCOUNTS = ("parameters", "step", "positions", "data_tokens", "flops", "seconds")
+COLUMNS = ("arm", "seed", *ACCOUNTS, "final_loss", "bits_per_byte", "diverged")
 
 
 def compare(
@@ -51,7 +51,7 @@ def compare(
     }
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     with (out / "runs.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ("arm", *COLUMNS), extrasaction="ignore")
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows({"arm": arm["name"], **run} for arm in results["arms"] for run in arm["runs"])
     return results

@@ -8,6 +8,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from superpose.experiment.equal_loss_plots import equal_loss_cells, equal_loss_sentences, write_equal_loss_plot
 from superpose.experiment.plots import write_plots
 from superpose.experiment.summary import (
     ArmSummary,
@@ -27,15 +28,14 @@ def write_report(results: dict[str, Any], out: Path) -> Path:
     """Write the plots and report.html into the directory ``out``, made if need be; return the page's path."""
     out.mkdir(parents=True, exist_ok=True)
     summaries = summarise(results)
-    plots = {
-        plot.stem: f"data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}" for plot in write_plots(results, out)
-    }
+    plots = {plot.stem: _data_url(plot) for plot in write_plots(results, out)}
     page = Template(files("superpose.experiment").joinpath("report.html").read_text(encoding="utf-8")).substitute(
         plots,
         name=escape(results["name"]),
         subtitle=escape(_subtitle(results)),
         verdict=escape(verdict(summaries)),
         results=_table([cells(arm) for arm in summaries]),
+        equal_loss=_equal_loss(results, out),
         switches=_switches(results),
         equal_flops=_equal_flops(summaries),
         samples=_samples(results),
@@ -47,6 +47,10 @@ def write_report(results: dict[str, Any], out: Path) -> Path:
     path = out / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _data_url(plot: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}"
 
 
 def _subtitle(results: dict[str, Any]) -> str:
@@ -68,6 +72,26 @@ def _table(rows: Sequence[dict[str, str]]) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row.values()) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _equal_loss(results: dict[str, Any], out: Path) -> str:
+    if "equal_loss" not in results:
+        return ""
+    rows = results["equal_loss"]["rows"]
+    sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in equal_loss_sentences(rows))
+    note = (
+        "Every baseline here is a run of its own length with the whole decay of its learning rate; those of one seed share "
+        "their beginning at the constant rate. A curve is fitted to their final losses, and read off where it reaches an arm’s "
+        "loss. The interval comes from the seeds, each with a level of its own; the shape of the curve is taken as fitted. "
+        "Costs of a baseline that was not run are those per step of the baselines that were."
+    )
+    plot = (
+        f'<figure><img alt="Final loss of baselines against their length" src="{_data_url(write_equal_loss_plot(rows, out))}">'
+    )
+    return (
+        f'<h2>Equal loss</h2>{sentences}{plot}<figcaption>{note}</figcaption></figure><div class="scroll">'
+        f"{_table(equal_loss_cells(rows))}</div>"
+    )
 
 
 def _switches(results: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ from superpose.data.store import TokenStore
 from superpose.engines.progress import ProgressBar
 from superpose.engines.transformers import CLOSE_STEPS, ScheduledTrainer, bfloat16_pays
 from superpose.errors import InputError
-from superpose.experiment.recipe import ModelSection, Recipe, load_recipe
+from superpose.experiment.recipe import ModelSection, Recipe, TrainingSection, load_recipe
 from superpose.experiment.sample import generate, store_tokenizer
 from superpose.models import attach
 from superpose.schedule import Schedule
@@ -74,11 +74,11 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False, forks: Colle
         return _train(recipe, out, store, validation, resume, forks)
 
 
-def branch(trunk: Path, step: int, recipe: Recipe, out: Path) -> dict[str, Any]:
+def branch(trunk: Path, step: int, recipe: Recipe, out: Path, *, forks: Collection[int] = ()) -> dict[str, Any]:
     """Train ``recipe`` into ``out`` from where the run in ``trunk`` stood after ``step``, and return its summary.
 
     Both recipes must ask for the same steps until then; the result is that of `train` from the start, bit for bit on a CPU.
-    ``step`` was one of the forks of the trunk. A branch that was interrupted continues.
+    ``step`` was one of the forks of the trunk; ``forks`` are those of the branch. A branch that was interrupted continues.
     """
     if is_main_process() and not (out / "recipe.toml").exists():
         making = out.with_name(out.name + ".part")
@@ -90,7 +90,7 @@ def branch(trunk: Path, step: int, recipe: Recipe, out: Path) -> dict[str, Any]:
         making.rename(out)
     while not (out / "recipe.toml").exists():  # the other processes, which may be here first
         time.sleep(0.1)
-    return train(recipe, out, resume=True)
+    return train(recipe, out, resume=True, forks=forks)
 
 
 def fork_path(trunk: Path, step: int) -> Path:
@@ -103,6 +103,9 @@ class _Forks(TrainerCallback):
 
     def __init__(self, out: Path, steps: Collection[int]) -> None:
         self.out, self.steps = out, steps
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.on_save(args, state, control)  # a run that was killed between saving and keeping resumes at that step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step in self.steps:
@@ -192,6 +195,11 @@ def build_model(section: ModelSection, vocab_size: int) -> Any:
     return model
 
 
+def decay_steps(training: TrainingSection) -> int:
+    """Steps at the end of a run over which the learning rate of the WSD schedule decays."""
+    return round(training.decay_ratio * training.steps)
+
+
 def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
     """The recipe's `[training]` over our defaults: AdamW β (0.9, 0.95), WSD, clipping at 1, bf16 where it is faster."""
     training = recipe.training
@@ -211,7 +219,7 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
         "weight_decay": 0.1,
         "max_grad_norm": 1.0,
         "lr_scheduler_type": "warmup_stable_decay",
-        "lr_scheduler_kwargs": {"num_decay_steps": round(training.decay_ratio * training.steps)} if wsd else None,
+        "lr_scheduler_kwargs": {"num_decay_steps": decay_steps(training)} if wsd else None,
         "warmup_steps": 0.05,
         "bf16": bfloat16_pays(),
         "logging_steps": 10,
@@ -374,7 +382,7 @@ def _summarise(out: Path, data: ScheduledTokens) -> dict[str, Any]:
         "bits_per_byte": final["eval_bits_per_byte"],
         **{name: final[name] for name in ("step", "positions", "data_tokens", "flops", "seconds")},
         "epochs": data.epochs,
-        "switches": [_switch(switch, data.schedule, rows) for switch in data.schedule.changes],
+        "switches": [_switch(step, data.schedule, rows) for step in data.schedule.changes],
     }
 
 
