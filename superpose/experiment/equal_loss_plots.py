@@ -204,19 +204,19 @@ def _draw_curve(axes: Axes, curve: LossCurve, measured: tuple[int, int], limits:
 
 
 def _draw_arm(axes: Axes, arm: EqualLoss, rows: Rows, limits: tuple[float, float], colour: str) -> None:
-    """The arm's runs and mean, an arrow to the curve, and on it the interval as a band."""
+    """The arm's runs and mean at the steps of a baseline of their cost, an arrow to the curve, and on it the interval as a band."""
     if arm.baseline_steps is None:
         words = f"{arm.name}: no baseline reaches it"
     else:
         interval = "" if arm.interval is None else f" ({_interval(arm.interval)})"
         words = f"{arm.name}: {arm.speed_up:.2f}×{interval}" + (", extrapolated" if arm.extrapolated else "")
     losses = [row["final_loss"] for row in rows if row["arm"] == arm.name and row["final_loss"] is not None]
-    axes.plot([arm.steps] * len(losses), losses, ".", markersize=5, color=colour, alpha=0.5)
+    axes.plot([arm.equal_steps] * len(losses), losses, ".", markersize=5, color=colour, alpha=0.5)
     style: dict[str, Any] = {"marker": "D", "markersize": 7, "capsize": 3, "linestyle": "", "color": colour, "zorder": 4}
-    axes.errorbar(arm.steps, arm.final_loss, yerr=arm.final_loss_deviation or 0, label=words, **style)
+    axes.errorbar(arm.equal_steps, arm.final_loss, yerr=arm.final_loss_deviation or 0, label=words, **style)
     end = min(max(arm.baseline_steps or limits[1], limits[0]), limits[1])
     arrow = {"arrowstyle": "->", "color": colour, "linewidth": 1.6}
-    axes.annotate("", (end, arm.final_loss), (arm.steps, arm.final_loss), arrowprops=arrow)
+    axes.annotate("", (end, arm.final_loss), (arm.equal_steps, arm.final_loss), arrowprops=arrow)
     if arm.interval is not None and arm.interval[0] is not None:
-        low, high = arm.interval[0] * arm.steps, (arm.interval[1] or math.inf) * arm.steps
+        low, high = arm.interval[0] * arm.equal_steps, (arm.interval[1] or math.inf) * arm.equal_steps
         axes.hlines(arm.final_loss, max(low, limits[0]), min(high, limits[1]), color=colour, linewidth=7, alpha=0.25)

@@ -2,7 +2,8 @@
 
 Each baseline is a whole run with its own decay of the learning rate. Their final losses are fitted by
 L(n) = floor + scale · n^(−exponent), n in optimizer steps; inverted, the curve says how long a baseline must be for the loss
-that an arm of a comparison ended with. The arm's equal-loss speed-up is that length divided by the arm's own.
+that an arm of a comparison ended with. The arm's equal-loss speed-up is the compute of that baseline over the arm's own: the ratio
+of their steps, but for patch-level training, whose steps cost less.
 """
 
 import math
@@ -84,12 +85,14 @@ class EqualLoss:
     #: sample standard deviation over seeds; None with one
     final_loss_deviation: float | None
     steps: int
+    #: steps of a baseline that costs as many FLOPs: ``steps``, but for patch-level training
+    equal_steps: float
     baseline_steps: float | None
-    #: baseline_steps / steps
+    #: baseline_flops / flops
     speed_up: float | None
     #: 90 % interval of the speed-up from the seeds, None with one; an end is None where no length would do
     interval: tuple[float | None, float | None] | None
-    #: nats by which the arm is below the curve at its own number of steps
+    #: nats by which the arm is below the curve at its own FLOPs
     gain: float
     #: whether baseline_steps lie outside of the measured lengths
     extrapolated: bool
@@ -152,38 +155,44 @@ def _against(
     baselines: Sequence[dict[str, Any]],
     runs: Sequence[dict[str, Any]],
 ) -> EqualLoss:
-    losses, steps = [run["final_loss"] for run in runs], runs[0]["steps"]
+    losses = [run["final_loss"] for run in runs]
     corrected = [run["final_loss"] - levels[run["seed"]] for run in runs]
     level = fmean(corrected)
     reached = _finite(curve.steps(level))
+    flops = fmean(run["flops"] for run in runs)
+    own = flops / _per_step(baselines, "flops")
     interval = None
     if len(runs) > 1:
         half = NINETY[min(len(runs) - 2, len(NINETY) - 1)] * stdev(corrected) / math.sqrt(len(runs))
         low, high = _finite(curve.steps(level + half)), _finite(curve.steps(level - half))
-        interval = (low and low / steps, high and high / steps)
+        interval = (low and low / own, high and high / own)
 
     def cost(name: str) -> float | None:
-        per_step = sum(row[name] for row in baselines) / sum(row["steps"] for row in baselines)
-        return reached and reached * per_step
+        return reached and reached * _per_step(baselines, name)
 
     return EqualLoss(
         name=runs[0]["arm"],
         seeds=len(runs),
         final_loss=fmean(losses),
         final_loss_deviation=stdev(losses) if len(losses) > 1 else None,
-        steps=steps,
+        steps=runs[0]["steps"],
+        equal_steps=own,
         baseline_steps=reached,
-        speed_up=reached and reached / steps,
+        speed_up=reached and reached / own,
         interval=interval,
-        gain=float(curve.loss(steps)) - level,
+        gain=float(curve.loss(own)) - level,
         extrapolated=reached is None or not measured[0] <= reached <= measured[1],
         data_tokens=fmean(run["data_tokens"] for run in runs),
         baseline_data_tokens=cost("data_tokens"),
-        flops=fmean(run["flops"] for run in runs),
+        flops=flops,
         baseline_flops=cost("flops"),
         seconds=fmean(run["seconds"] for run in runs),
         baseline_seconds=cost("seconds"),
     )
+
+
+def _per_step(runs: Sequence[dict[str, Any]], name: str) -> float:
+    return sum(run[name] for run in runs) / sum(run["steps"] for run in runs)
 
 
 def _finite(steps: float) -> float | None:
