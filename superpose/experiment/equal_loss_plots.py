@@ -204,7 +204,7 @@ def _draw_curve(axes: Axes, curve: LossCurve, measured: tuple[int, int], limits:
 
 
 def _draw_arm(axes: Axes, arm: EqualLoss, rows: Rows, limits: tuple[float, float], colour: str) -> None:
-    """The arm's runs and mean at the steps of a baseline of their cost, an arrow to the curve, and on it the interval as a band."""
+    """The arm's runs and mean where a baseline costs as much, an arrow to the curve, and on it the interval as a band."""
     if arm.baseline_steps is None:
         words = f"{arm.name}: no baseline reaches it"
     else:

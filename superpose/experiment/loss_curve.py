@@ -2,8 +2,8 @@
 
 Each baseline is a whole run with its own decay of the learning rate. Their final losses are fitted by
 L(n) = floor + scale · n^(−exponent), n in optimizer steps; inverted, the curve says how long a baseline must be for the loss
-that an arm of a comparison ended with. The arm's equal-loss speed-up is the compute of that baseline over the arm's own: the ratio
-of their steps, but for patch-level training, whose steps cost less.
+that an arm of a comparison ended with. The arm's equal-loss speed-up is the FLOPs of that baseline over the arm's own: the
+ratio of their steps, but for patch-level training, whose steps cost less.
 """
 
 import math
