@@ -27,7 +27,7 @@ BOUND = 0.97
 
 
 def run(*, quick: bool) -> Figures:
-    steps, rounds = (10, 3) if quick else (100, 5)
+    steps, rounds = (10, 3) if quick else (100, 9)
     title = f"training {steps} steps, Llama of {DEMO.name}, {DEMO.sequences} × {DEMO.positions} positions, s = 4, r = 0.3"
     seconds: dict[str, list[float]] = {LOOP: [], ENGINE: [], WALL: []}
     with tempfile.TemporaryDirectory() as directory:

@@ -25,7 +25,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own messages; r
 from torch.profiler import ProfilerActivity, profile
 
 #: Rounds of every comparison, at least and at most.
-LEAST_ROUNDS, MOST_ROUNDS = 3, 31
+LEAST_ROUNDS, MOST_ROUNDS = 3, 151
 
 Row = dict[str, Any]
 
