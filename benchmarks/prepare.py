@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from superpose import Schedule, ScheduledTokens, TokenStore
 from superpose.data.prepare import prepare as superpose_prepare
 
-SIZE, QUICK_SIZE, TRAINING_SIZE = 30e6, 1e6, 1e6
+SIZE, QUICK_SIZE, TRAINING_SIZE = 20e6, 1e6, 1e6
 ENTRIES = 4096
 POSITIONS, SEQUENCES, STEPS = 1024, 8, 200
 
