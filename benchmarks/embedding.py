@@ -3,14 +3,14 @@
 from collections.abc import Callable
 
 import torch
-from timing import Figures, Table, in_turn, peak_growth
+from timing import Figures, Table, in_turn, peak_of_tensors, peak_resident
 from torch import Tensor
 from torch.nn import functional
 
 from superpose import bag_mean, reference
 
 POSITIONS, WIDTH = 4096, 512
-BAG_SIZES, VOCABULARIES = (2, 4, 8, 16), (4096, 50304)
+BAG_SIZES, VOCABULARIES = (2, 4, 8, 16), (257, 4096, 50304)
 
 Mean = Callable[[Tensor, Tensor], Tensor]
 
@@ -33,15 +33,18 @@ CANDIDATES: dict[str, Mean] = {
 
 def run(*, quick: bool) -> Figures:
     positions, bag_sizes, seconds = (1024, (2, 16), 0.5) if quick else (POSITIONS, BAG_SIZES, 5)
-    vocabularies = VOCABULARIES[:1] if quick else VOCABULARIES
+    vocabularies = VOCABULARIES[:2] if quick else VOCABULARIES
     tables = []
     for vocabulary in vocabularies:
         table = Table(f"bag mean, forward and backward, V = {vocabulary}, {positions} positions, width {WIDTH}, float32")
         for bag_size in bag_sizes:
             shape = (positions, vocabulary, bag_size)
-            for name, row in in_turn({name: prepare(name, *shape) for name in CANDIDATES}, seconds).items():
-                peak = peak_growth(prepare, name, *shape)
-                table.rows.append({"s": bag_size, "embedding": name, **row, "peak bytes": peak})
+            candidates = {name: prepare(name, *shape) for name in CANDIDATES}
+            for name, row in in_turn(f"{table.title}, s = {bag_size}", candidates, seconds).items():
+                tensors, resident = peak_of_tensors(candidates[name]), peak_resident(prepare, name, *shape)
+                table.rows.append(
+                    {"s": bag_size, "embedding": name, **row, "tensors bytes": tensors, "resident bytes": resident}
+                )
         tables.append(table)
     return Figures(tables)
 

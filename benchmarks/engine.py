@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from corpus import quietly, write_corpus
 from models import DEMO
-from timing import Figures, Table, Target, summary
+from timing import Figures, Table, Target, progress, summary
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import get_wsd_schedule
@@ -27,7 +27,8 @@ BOUND = 0.97
 
 
 def run(*, quick: bool) -> Figures:
-    steps, rounds = (10, 3) if quick else (100, 5)
+    steps, rounds = (10, 3) if quick else (100, 9)
+    title = f"training {steps} steps, Llama of {DEMO.name}, {DEMO.sequences} × {DEMO.positions} positions, s = 4, r = 0.3"
     seconds: dict[str, list[float]] = {LOOP: [], ENGINE: [], WALL: []}
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
@@ -36,6 +37,7 @@ def run(*, quick: bool) -> Figures:
             prepare([str(work / "corpus.jsonl")], work / "data", use_bytes=True)
         recipe = _recipe(work / "data", steps)
         for index in range(rounds + 1):
+            progress(f"{title}, round {index}")
             bare, loss = _bare_loop(recipe)
             start = time.perf_counter()
             with quietly():
@@ -45,9 +47,7 @@ def run(*, quick: bool) -> Figures:
                 for name, value in ((LOOP, bare), (ENGINE, result["seconds"]), (WALL, wall)):
                     seconds[name].append(value / steps)
         logged = [row["loss"] for row in read_metrics(work / f"run-{rounds}" / "metrics.jsonl") if "loss" in row][-1]
-    table = Table(
-        f"training {steps} steps, Llama of {DEMO.name}, {DEMO.sequences} × {DEMO.positions} positions, s = 4, r = 0.3"
-    )
+    table = Table(title)
     for name, values in seconds.items():
         row = summary(values, seconds[LOOP])
         table.rows.append({"way": name, **row, "steps/s": 1 / row["median s"]})

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from superpose import Schedule, ScheduledTokens, TokenStore
 from superpose.data.prepare import prepare as superpose_prepare
 
-SIZE, QUICK_SIZE, TRAINING_SIZE = 30e6, 1e6, 1e6
+SIZE, QUICK_SIZE, TRAINING_SIZE = 20e6, 1e6, 1e6
 ENTRIES = 4096
 POSITIONS, SEQUENCES, STEPS = 1024, 8, 200
 
@@ -48,7 +48,7 @@ def _preparing(work: Path, tokenizer: Path, size: int, quick: bool) -> tuple[Tab
         tokens["datasets.map"] = _with_datasets(corpus, tokenizer, work)
 
     table = Table(f"preparing {size / 1e6:.0f} MB of JSON lines, byte-level BPE of {ENTRIES} entries")
-    for name, row in in_turn({"superpose prepare": ours, "datasets.map": theirs}, 5 if quick else 90).items():
+    for name, row in in_turn(table.title, {"superpose prepare": ours, "datasets.map": theirs}, 5 if quick else 90).items():
         table.rows.append({"way": name, **row, "MB/s": size / 1e6 / row["median s"], "tokens": tokens[name]})
     return table, TokenStore(work / "store")
 
@@ -86,7 +86,7 @@ def _reading(store: TokenStore, quick: bool) -> Table:
         # a queue of no length reads the loader to its end
         drain: Callable[[], object] = functools.partial(collections.deque, loader, 0)
         candidates[f"s = {bag_size}"] = schedule.data_tokens(POSITIONS, SEQUENCES), drain
-    times = in_turn({name: call for name, (_, call) in candidates.items()}, 2 if quick else 15)
+    times = in_turn(table.title, {name: call for name, (_, call) in candidates.items()}, 2 if quick else 15)
     for name, row in times.items():
         table.rows.append({"reading": name, **row, "data tokens/s": round(candidates[name][0] / row["median s"])})
     return table

@@ -1,4 +1,4 @@
-"""Run the benchmarks, print their tables beside the targets, and record the figures in benchmarks/results.json.
+"""Run the benchmarks, print their tables and bounds, and record the figures in benchmarks/results.json and docs/benchmarks.md.
 
 python benchmarks/run.py [--only loss step …] [--quick]
 
@@ -14,14 +14,14 @@ import os
 import platform
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
-from timing import Figures, Table
+from table import RESULTS, bound, cell, columns, heading, is_text
+from table import main as write_document
+from timing import Figures
 
-RESULTS = Path(__file__).with_name("results.json")
 BENCHMARKS = ("loss", "embedding", "step", "engine", "prepare", "scaling")
 
 
@@ -33,31 +33,34 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     for name in arguments.only:
         started = time.perf_counter()
-        figures: Figures = importlib.import_module(name).run(quick=arguments.quick)
-        show(console, name, figures, time.perf_counter() - started)
+        entry = _entry(importlib.import_module(name).run(quick=arguments.quick))
+        _show(console, f"{name}, {time.perf_counter() - started:.0f} s", entry)
         if not arguments.quick:
-            record(name, figures)
+            _record(name, entry)
 
 
-def show(console: Console, name: str, figures: Figures, seconds: float) -> None:
-    console.rule(f"{name}, {seconds:.0f} s")
-    for table in figures.tables:
-        console.print(_rich(table))
-    for target in figures.targets:
-        bound = f"{'at least' if target.at_least else 'at most'} {target.bound:.3g}"
-        mark = "[green]met[/]" if target.met else "[red]missed[/]"
-        console.print(f"target {mark}: {target.name}: {target.measured:.3f}, {bound}", highlight=False, soft_wrap=True)
-    for note in figures.notes:
+def _entry(figures: Figures) -> dict[str, Any]:
+    entry = {"environment": environment(), **dataclasses.asdict(figures)}
+    for target, values in zip(figures.targets, entry["targets"], strict=True):
+        values["met"] = target.met
+    return entry
+
+
+def _show(console: Console, heading: str, entry: dict[str, Any]) -> None:
+    console.rule(heading)
+    for table in entry["tables"]:
+        console.print(_rich(table["title"], table["rows"]))
+    if entry["targets"]:
+        console.print(_rich("bounds", [bound(target) for target in entry["targets"]]))
+    for note in entry["notes"]:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
 
 
-def record(name: str, figures: Figures) -> None:
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    entry = dataclasses.asdict(figures)
-    for target, values in zip(figures.targets, entry["targets"], strict=True):
-        values["met"] = target.met
-    results[name] = {"environment": environment(), **entry}
-    RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+def _record(name: str, entry: dict[str, Any]) -> None:
+    results = json.loads(RESULTS.read_text()) | {name: entry}
+    ordered = {name: results[name] for name in BENCHMARKS if name in results}
+    RESULTS.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
+    write_document()
 
 
 def environment() -> dict[str, Any]:
@@ -76,29 +79,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _rich(table: Table) -> RichTable:
-    columns = list(dict.fromkeys(name for row in table.rows for name in row))
-    rich = RichTable(title=table.title, title_justify="left")
-    for name in columns:
-        left = any(isinstance(row.get(name), str) for row in table.rows)
-        rich.add_column(name.removesuffix(" s").removesuffix(" bytes"), justify="left" if left else "right")
-    for row in table.rows:
-        rich.add_row(*(_cell(name, row.get(name)) for name in columns))
+def _rich(title: str, rows: list[dict[str, Any]]) -> RichTable:
+    rich = RichTable(title=title, title_justify="left")
+    for name in columns(rows):
+        rich.add_column(heading(name), justify="left" if is_text(rows, name) else "right")
+    for row in rows:
+        rich.add_row(*(cell(name, row.get(name)) for name in columns(rows)))
     return rich
-
-
-def _cell(name: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    if name.endswith(" s"):
-        return f"{1e3 * value:,.1f} ms"
-    if name.endswith(" bytes"):
-        return f"{value / 1e6:,.1f} MB"
-    if name == "spread":
-        return f"{value:.0%}"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ def run(*, quick: bool) -> Figures:
         chosen = values[:3] if quick else values
         table = Table(f"step time against {axis}, width {BASE.width}, {BASE.layers} layers, {BASE.sequences} sequences")
         for value, (_, row) in zip(
-            chosen, in_turn({str(value): _step(axis, value) for value in chosen}, 2 if quick else 20).items(), strict=True
+            chosen,
+            in_turn(table.title, {str(value): _step(axis, value) for value in chosen}, 2 if quick else 20).items(),
+            strict=True,
         ):
             table.rows.append({axis: value, **row})
         exponents.rows.append(_fit(axis, chosen, [row["median s"] for row in table.rows]))

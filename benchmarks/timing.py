@@ -1,10 +1,18 @@
-"""Times taken in turn, peak memory taken in a fresh process, and the form in which a benchmark hands back its figures."""
+"""Times taken in turn, peaks of memory, and the form in which a benchmark hands back its figures.
+
+Memory is measured twice. The peak of the tensors is what torch's allocator has handed out at once: the same in every run, so
+bounds are judged by it. The peak of resident memory holds what libraries and the system take beside it, and differs by up to a
+fifth between processes that do the same.
+"""
 
 import ctypes
 import gc
+import itertools
 import multiprocessing
+import os
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -12,8 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own messages; read when it is loaded
+
+from torch.profiler import ProfilerActivity, profile
+
 #: Rounds of every comparison, at least and at most.
-LEAST_ROUNDS, MOST_ROUNDS = 3, 31
+LEAST_ROUNDS, MOST_ROUNDS = 3, 151
 
 Row = dict[str, Any]
 
@@ -50,12 +62,20 @@ class Figures:
     notes: list[str] = field(default_factory=list)
 
 
-def in_turn(candidates: dict[str, Callable[[], object]], seconds: float, *, warm_up: bool = True) -> dict[str, Row]:
+def progress(comparison: str) -> None:
+    """Say on standard error what is measured next."""
+    print(f"{time.strftime('%H:%M:%S')}  {comparison}", file=sys.stderr, flush=True)
+
+
+def in_turn(
+    comparison: str, candidates: dict[str, Callable[[], object]], seconds: float, *, warm_up: bool = True
+) -> dict[str, Row]:
     """Run the candidates in turn, A B C A B C …, for about ``seconds``, and return the median of each with its spread.
 
     Whatever else the machine does falls on all alike. ``× first`` is the median over the rounds of the ratio to the first
     candidate of the same round, ``spread`` the distance of the quartiles over the median.
     """
+    progress(comparison)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     if warm_up:
         for run in candidates.values():
@@ -82,29 +102,38 @@ def summary(seconds: list[float], reference: list[float]) -> Row:
     }
 
 
-def peak_growth(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> int:
+def peak_of_tensors(call: Callable[[], object]) -> int:
+    """The most bytes of tensors that live at once of those which one call allocates, on a CPU; it counts as a warm-up."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        call()
+    events = (event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]")
+    live = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(live, default=0)
+
+
+def peak_resident(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> int:
     """Bytes by which one call raises the peak of resident memory, in a fresh process.
 
     ``prepare(*arguments)`` runs in that process, allocates the inputs and returns the call. Both must be picklable.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "superpose"])
+    context.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "superpose"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_peak_growth_here, prepare, arguments).result()
+        return pool.submit(_peak_resident_here, prepare, arguments).result()
 
 
-def _peak_growth_here(prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]) -> int:
+def _peak_resident_here(prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]) -> int:
     call = prepare(*arguments)
     gc.collect()
     # memory that the inputs' making has freed goes back to the system, so that the call cannot reuse it unseen
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _peak_resident()
+    before = _most_resident()
     call()
-    return _peak_resident() - before
+    return _most_resident() - before
 
 
-def _peak_resident() -> int:
+def _most_resident() -> int:
     """VmHWM, in bytes; unlike ru_maxrss it starts again from the resident memory when 5 is written to clear_refs."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found

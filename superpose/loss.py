@@ -33,6 +33,9 @@ REDUCTIONS = ("mean", "sum", "none")
 CPU_CHUNK_BYTES = 64 * 2**20
 ACCELERATOR_CHUNK_BYTES = 512 * 2**20
 
+#: Whether the CPU multiplies bfloat16. Else torch emulates it, at down to a hundredth of the speed of float32.
+CPU_BFLOAT16: bool = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
 
 def multi_hot_cross_entropy(
     logits: Tensor,
@@ -80,9 +83,9 @@ def linear_multi_hot_cross_entropy(
     """`multi_hot_cross_entropy` of ``hidden [..., d] @ weight[V, d]ᵀ``, without the ``[..., V]`` logits.
 
     ``soft_cap`` c bends the logits to c·tanh(z/c) first, as Gemma 2 does. Memory is a chunk of rows, independent of the number
-    of rows and of s. Products run in the dtype of ``hidden``, or in autocast's where that is on; log-sum-exp and the
-    accumulation of the weight's gradient are in float32. Gradients are computed in the forward pass, except for
-    ``reduction="none"``, which computes the logits again in the backward pass.
+    of rows and of s. Products run in the dtype of ``hidden``, or in autocast's where that is on (in float32 on a CPU that only
+    emulates bfloat16); log-sum-exp and the accumulation of the weight's gradient are in float32. Gradients are computed in the
+    forward pass, except for ``reduction="none"``, which computes the logits again in the backward pass.
 
     A ``weight`` sharded over the vocabulary (a DTensor) takes ``hidden`` as a DTensor on the same mesh, and gives one.
     """
@@ -97,12 +100,10 @@ def linear_multi_hot_cross_entropy(
     if hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(f"hidden has width {hidden.shape[-1]} and weight {weight.shape[-1]}: they must agree")
     rows, bags = hidden.flatten(0, -2), targets.flatten(0, -2)
-    coefficients, row_weight = _target_weights(bags, weights, ignore_index)
-    bags = bags.where(coefficients > 0, 0)
-    device = hidden.device.type
     options = _Options(
-        dtype=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype,
+        dtype=_product_dtype(hidden),
         chunk=_rows_per_chunk(parts.most_rows if parts else len(weight), hidden.device),
+        ignore_index=ignore_index,
         sum_to_one=sum_to_one,
         soft_cap=soft_cap,
         z_loss=z_loss,
@@ -110,11 +111,11 @@ def linear_multi_hot_cross_entropy(
         first=parts.first if parts else 0,
     )
     if reduction == "none":
-        loss = _linear_rows(rows, weight, bags, coefficients, *options).unflatten(0, targets.shape[:-1])
+        loss = _linear_rows(rows, weight, bags, weights, *options).unflatten(0, targets.shape[:-1])
     else:
-        scale = 1 / row_weight.sum() if reduction == "mean" else row_weight.new_ones(())
+        scale = 1 / _target_weights(bags, weights, ignore_index)[1].sum() if reduction == "mean" else weights.new_ones(())
         gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-        loss = _linear_total(rows, weight, bags, coefficients, scale.expand(len(rows)), gradients, *options)[0]
+        loss = _linear_total(rows, weight, bags, weights, scale.expand(len(rows)), gradients, *options)[0]
     return parts.replicated(loss) if parts else loss
 
 
@@ -124,6 +125,7 @@ class _Options(NamedTuple):
     dtype: torch.dtype
     #: rows of logits at a time
     chunk: int
+    ignore_index: int
     sum_to_one: bool
     soft_cap: float | None
     z_loss: float
@@ -174,6 +176,12 @@ def _row_losses(
     return row_weight * (log_sum_exp + z_loss * log_sum_exp.square()) - bag
 
 
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return torch.float32 if device == "cpu" and dtype == torch.bfloat16 and not CPU_BFLOAT16 else dtype
+
+
 def _rows_per_chunk(vocabulary: int, device: torch.device) -> int:
     budget = CPU_CHUNK_BYTES if device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
     return max(64, budget // (4 * vocabulary))
@@ -193,11 +201,12 @@ def _linear_total(
     hidden: Tensor,
     weight: Tensor,
     bags: Tensor,
-    coefficients: Tensor,
+    weights: Tensor,
     scale: Tensor,
     gradients: bool,
     dtype: torch.dtype,
     chunk: int,
+    ignore_index: int,
     sum_to_one: bool,
     soft_cap: float | None,
     z_loss: float,
@@ -214,14 +223,15 @@ def _linear_total(
     d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if gradients else hidden.new_empty(0)
     d_weight = torch.zeros(weight.shape if gradients else 0, dtype=accumulate, device=weight.device)
     head = weight.to(dtype)
-    row_weight = coefficients.sum(-1)
     kernels = _kernels(hidden.device, dtype)
     size = max(1, min(count, chunk))
     # one buffer for all chunks: a new one each would exist beside the last, and a CPU would fault in its pages again
     buffer = torch.empty(size, vocabulary, dtype=dtype if kernels else accumulate, device=hidden.device)
     for start in range(0, count, size):
         here = slice(start, min(start + size, count))
-        rows, targets, share, total = hidden[here].to(dtype), bags[here], coefficients[here], row_weight[here]
+        rows = hidden[here].to(dtype)
+        share, total = _target_weights(bags[here], weights, ignore_index)
+        targets = bags[here].where(share > 0, 0)
         logits = buffer[: len(rows)]
         if dtype == buffer.dtype:
             torch.mm(rows, head.T, out=logits)
@@ -289,7 +299,7 @@ def _over_ranks(top: Tensor, normaliser: Tensor, picked: Tensor, group: str) -> 
 
 
 @_linear_total.register_fake
-def _(hidden, weight, bags, coefficients, scale, gradients, dtype, *_):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bags, weights, scale, gradients, dtype, *_):  # type: ignore[no-untyped-def]
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     losses = hidden.new_empty(len(hidden), dtype=accumulate)
     if not gradients:
@@ -308,7 +318,7 @@ def _scale_gradients(ctx, gradient, *_):  # type: ignore[no-untyped-def]
     # Elsewhere than on a CPU the question would wait for the device; a subclass stands for a traced tensor without a value.
     if not (type(gradient) is Tensor and gradient.device.type == "cpu" and gradient == 1):
         d_hidden, d_weight = gradient.to(d_hidden.dtype) * d_hidden, gradient.to(d_weight.dtype) * d_weight
-    return (d_hidden, d_weight, *[None] * 11)
+    return (d_hidden, d_weight, *[None] * 12)
 
 
 _linear_total.register_autograd(_scale_gradients, setup_context=_save_gradients)
@@ -319,9 +329,10 @@ def _linear_rows(
     hidden: Tensor,
     weight: Tensor,
     bags: Tensor,
-    coefficients: Tensor,
+    weights: Tensor,
     dtype: torch.dtype,
     chunk: int,
+    ignore_index: int,
     sum_to_one: bool,
     soft_cap: float | None,
     z_loss: float,
@@ -329,13 +340,13 @@ def _linear_rows(
     first: int,
 ) -> Tensor:
     """The losses ``[N]``; the backward pass, which alone knows the gradient of each, computes the logits again."""
-    options = _Options(dtype, chunk, sum_to_one, soft_cap, z_loss, group, first)
+    options = _Options(dtype, chunk, ignore_index, sum_to_one, soft_cap, z_loss, group, first)
     unscaled = torch.ones(len(hidden), device=hidden.device)
-    return _linear_total(hidden, weight, bags, coefficients, unscaled, False, *options)[1]
+    return _linear_total(hidden, weight, bags, weights, unscaled, False, *options)[1]
 
 
 @_linear_rows.register_fake
-def _(hidden, weight, bags, coefficients, dtype, *_):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bags, weights, dtype, *_):  # type: ignore[no-untyped-def]
     return hidden.new_empty(len(hidden), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
 
 
@@ -346,7 +357,7 @@ def _save_inputs(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _rows_backward(ctx, gradient):  # type: ignore[no-untyped-def]
     _, _, d_hidden, d_weight = _linear_total(*ctx.saved_tensors, gradient, True, *ctx.options)
-    return (d_hidden, d_weight, *[None] * 9)
+    return (d_hidden, d_weight, *[None] * 10)
 
 
 _linear_rows.register_autograd(_rows_backward, setup_context=_save_inputs)

@@ -51,6 +51,15 @@ def test_bag_of_one_is_the_ordinary_embedding():
     assert torch.equal(bag_mean(weight, ids.unsqueeze(-1)), torch.nn.functional.embedding(ids, weight))
 
 
+@pytest.mark.parametrize("rows", [11, 1000])
+def test_compiles_without_a_graph_break(rows):
+    weight, ids = torch.randn(rows, 6, requires_grad=True), torch.randint(0, 11, (2, 5, 4))
+    compiled = torch.compile(lambda table: bag_mean(table * 2, ids) + 1, fullgraph=True, backend="aot_eager")
+    found, expected = compiled(weight), bag_mean(weight * 2, ids) + 1
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), weight), torch.autograd.grad(expected.sum(), weight))
+
+
 @pytest.mark.parametrize("rows", [1, 6000])
 def test_bfloat16_bags_are_summed_in_float32(rows):
     # In bfloat16 256 + 1 is 256 again: a running bfloat16 sum would lose every one of the small rows.

@@ -21,6 +21,7 @@ def small_blocks(monkeypatch):
 @pytest.fixture
 def with_kernels(monkeypatch, small_blocks):
     monkeypatch.setattr(loss, "_kernels", lambda device, dtype: kernels)
+    monkeypatch.setattr(loss, "CPU_BFLOAT16", True)
 
 
 def chunk(rows=4, vocabulary=41, bag=3, dtype=torch.float32):
