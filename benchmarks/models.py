@@ -40,7 +40,7 @@ class Shape:
 
 
 DEMO = Shape("demo, 0.4M parameters", width=96, layers=3, heads=3, vocabulary=257, sequences=16)
-MEDIUM = Shape("30M parameters", width=384, layers=12, heads=6, vocabulary=8192)
+MEDIUM = Shape("30M parameters", width=384, layers=12, heads=6, vocabulary=8192, sequences=4)
 
 
 class Step:

@@ -57,7 +57,7 @@ def _show(console: Console, heading: str, entry: dict[str, Any]) -> None:
 
 
 def _record(name: str, entry: dict[str, Any]) -> None:
-    results = json.loads(RESULTS.read_text()) | {name: entry}
+    results = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}) | {name: entry}
     ordered = {name: results[name] for name in BENCHMARKS if name in results}
     RESULTS.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
     write_document()

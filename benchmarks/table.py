@@ -14,7 +14,7 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks
 
 Written by `python benchmarks/table.py` from `benchmarks/results.json`, which `make bench` records. Candidates of a comparison
-run in turn in one process, A B C A B C …: *median* is the time of one run, *spread* the distance of its quartiles over it, and
+run in turn in one process, A B C, B C A …: *median* is the time of one run, *spread* the distance of its quartiles over it, and
 *× first* the median over the rounds of the ratio to the first candidate in the same round. *Tensors* is the most that torch's
 allocator has handed out at once beyond the inputs, the same in every run; *resident* the growth of a fresh process, which
 differs by up to a fifth between processes that do the same. Bounds on memory are judged by the tensors, bounds on time by the
