@@ -9,7 +9,7 @@ from superpose.cli import main
 from superpose.errors import InputError
 from superpose.experiment import grid_model, plan
 from superpose.experiment.grid_model import Cells, GainModel, cross_validate, grids, parse_count, published_rows, speed_up
-from superpose.experiment.plan import Hardware, Run, load_model, make_plan, sentences
+from superpose.experiment.plan import Hardware, Run, load_model, make_plan, sentences, settings_table
 from superpose.experiment.plan_plots import write_plan_plots
 
 STEP = grid_model.PUBLISHED_POSITIONS_PER_STEP
@@ -132,6 +132,9 @@ def test_a_sweep_of_ones_own_rules_near_it(published, tmp_path):
     made = make_plan(Run(380e3, 2000, positions_per_step=2048), model, rows)
     assert made.warnings == ()
     assert made.cells.bag_size[made.best] == 2
+    assert set(made.cells.bag_size) == {2, 3, 4}  # nothing is recommended beyond what was measured
+    assert set(made.cells.ratio) == {0.2, 0.3, 0.4}
+    assert settings_table(made).row_count == 3
     for (bag_size, ratio), gain in gains.items():
         if gain is not None:
             index = np.flatnonzero((made.cells.bag_size == bag_size) & (made.cells.ratio == ratio))[0]

@@ -61,7 +61,7 @@ BASELINE_NOISE, CELL_NOISE = 0.0015, 0.0007
 NOISE_FACTORS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 #: Standard deviations by which a gain is marked down before settings are compared.
-CAUTION = 0.25
+CAUTION = 0.5
 #: Relative uncertainty of the baseline's data term: the 3B model's speed-up, measured as 1.8×, comes out as 2.0×.
 DATA_TERM_DEVIATION = 0.2
 #: Half-width of a 90 % interval in standard deviations.

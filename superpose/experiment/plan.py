@@ -124,8 +124,7 @@ def make_plan(run: Run, model: GainModel, rows: Sequence[Row]) -> Plan:
     """Predict every setting and choose. Raises InputError for an unknown weighting."""
     if run.weighting not in WEIGHTINGS:
         raise InputError(f"--weighting {run.weighting!r} is not in the grids: take {' or '.join(WEIGHTINGS)}")
-    settings = [(bag_size, ratio) for bag_size in BAG_SIZES for ratio in RATIOS]
-    cells = Cells.of(run.params, run.positions, run.weighting, settings)
+    cells = Cells.of(run.params, run.positions, run.weighting, _settings(run, model.grids))
     mean, deviation = model.predict(cells)
     unlimited = recommended(mean, deviation)
     fitting = np.flatnonzero(run.positions * data_factor(cells) <= (run.tokens or math.inf))
@@ -145,6 +144,31 @@ def make_plan(run: Run, model: GainModel, rows: Sequence[Row]) -> Plan:
     )
 
 
+def _settings(run: Run, grids: Sequence[Grid]) -> list[tuple[int, float]]:
+    """Bag sizes and ratios to compare: all, or near a sweep of one's own those within what it measured."""
+    near = [grid.cells for grid in _near_own(run, grids)]
+    if not near:
+        return [(bag_size, ratio) for bag_size in BAG_SIZES for ratio in RATIOS]
+    bag_sizes, ratios = (np.concatenate([getattr(cells, name) for cells in near]) for name in ("bag_size", "ratio"))
+    between = [ratio for ratio in RATIOS if ratios.min() < ratio < ratios.max()]
+    return [
+        (bag_size, ratio)
+        for bag_size in range(int(bag_sizes.min()), int(bag_sizes.max()) + 1)
+        for ratio in sorted({*between, *ratios.tolist()})
+    ]
+
+
+def _near_own(run: Run, grids: Sequence[Grid]) -> list[Grid]:
+    """The grids of one's own that are within a factor of `NEAR` of the run."""
+    axes = ("params", "steps", "positions")
+    return [
+        grid
+        for grid in grids
+        if grid.own and len(grid.cells) > 1
+        if all(abs(math.log(getattr(run, name) / getattr(grid, name))) <= math.log(NEAR) for name in axes)
+    ]
+
+
 def _speed_ups(gain: float, deviation: float, run: Run, rows: Sequence[Row]) -> tuple[float, float, float]:
     """The baseline's curve is uncertain too, which counts like a further error of the gain."""
     half = NINETY * math.hypot(deviation, DATA_TERM_DEVIATION * gain)
@@ -154,17 +178,12 @@ def _speed_ups(gain: float, deviation: float, run: Run, rows: Sequence[Row]) -> 
 
 def _extrapolation(run: Run, grids: Sequence[Grid]) -> list[str]:
     """How the run lies to the grids; nothing where it is inside the published ones or near one of one's own."""
-    measured = [grid for grid in grids if len(grid.cells) > 1]
-    axes = {"parameters": "params", "steps": "steps", "positions": "positions"}
-    if any(
-        all(abs(math.log(getattr(run, name) / getattr(grid, name))) <= math.log(NEAR) for name in axes.values())
-        for grid in measured
-        if grid.own
-    ):
+    if _near_own(run, grids):
         return []
+    published = [grid for grid in grids if len(grid.cells) > 1 and not grid.own]
     outside, factor = [], 1.0
-    for words, name in axes.items():
-        values = [getattr(grid, name) for grid in measured if not grid.own]
+    for words, name in {"parameters": "params", "steps": "steps", "positions": "positions"}.items():
+        values = [getattr(grid, name) for grid in published]
         low, high, value = min(values), max(values), getattr(run, name)
         if not low <= value <= high:
             text = "{:,}".format if words == "steps" else quantity
@@ -270,7 +289,7 @@ def settings_table(plan: Plan) -> Table:
     for name in ("bag size", "best ratio", "gain, nats (90 %)", "data tokens"):
         table.add_column(name, justify="right", overflow="fold")
     chosen = [] if plan.best is None else [int(plan.cells.bag_size[plan.best])]
-    for bag_size in sorted({*SHOWN, *chosen}):
+    for bag_size in sorted({*SHOWN, *chosen} & {*plan.cells.bag_size.astype(int).tolist()}):
         here = plan.cells.bag_size == bag_size
         fitting = np.flatnonzero(here & plan.fits)
         among = fitting if fitting.size else np.flatnonzero(here)

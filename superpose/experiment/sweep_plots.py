@@ -108,7 +108,8 @@ def _draw(rows: Rows, weighting: str, panels: Sequence[Axes]) -> None:
     edge = float(np.nanmax(np.abs(grid))) if np.isfinite(grid).any() else 1.0
     heat.imshow(grid, origin="lower", aspect="auto", cmap="PuOr_r", vmin=-edge, vmax=edge)
     for (i, j), value in np.ndenumerate(grid):
-        heat.text(j, i, f"{value:+.3f}".replace("-", "−"), ha="center", va="center", fontsize=8.5)
+        colour = "white" if abs(value) > 0.6 * edge else "black"
+        heat.text(j, i, f"{value:+.3f}".replace("-", "−"), ha="center", va="center", fontsize=8.5, color=colour)
     heat.set_xticks(range(len(bag_sizes)), [str(bag_size) for bag_size in bag_sizes])
     heat.set_yticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
     heat.grid(visible=False)
