@@ -8,7 +8,7 @@ import json
 import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from torch import Tensor
@@ -133,13 +133,14 @@ class Schedule:
         return sum(stage.steps for stage in self.stages)
 
     @property
+    def starts(self) -> list[int]:
+        """The first step of each stage."""
+        return list(accumulate((stage.steps for stage in self.stages[:-1]), initial=0))
+
+    @property
     def switches(self) -> list[int]:
         """The first step of each stage but the first."""
-        starts, start = [], 0
-        for stage in self.stages[:-1]:
-            start += stage.steps
-            starts.append(start)
-        return starts
+        return self.starts[1:]
 
     @property
     def changes(self) -> list[int]:
@@ -159,7 +160,7 @@ class Schedule:
     def position_weights_at(self, step: int) -> Tensor | None:
         """Weights of the targets in a bag at ``step``, None where they are equal."""
         number = self.stage_index(step)
-        return self.stages[number].position_weights(step - [0, *self.switches][number])
+        return self.stages[number].position_weights(step - self.starts[number])
 
     def token_offset(self, step: int, positions: int, sequences_per_step: int) -> int:
         """Data tokens read before ``step``; ``step = steps`` gives those of the whole run."""

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments, get_scheduler
 
+from superpose import InputError
 from superpose.engines.switch import restarted
 from superpose.experiment.train import train
 
@@ -32,7 +33,7 @@ def test_a_restarted_schedule_is_that_of_each_stage(tmp_path, name, kwargs):
 
 def test_a_schedule_that_listens_to_the_loss_cannot_restart(tmp_path):
     given = arguments(tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps")
-    with pytest.raises(ValueError, match="cannot start anew"):
+    with pytest.raises(InputError, match="cannot start anew"):
         restarted(given, [20, 30])
 
 
@@ -57,6 +58,7 @@ def test_resets_happen_at_the_switch_and_touch_what_they_name(recipe, tmp_path):
     new, partly = at_the_switch(recipe, tmp_path / "embeddings", "reinitialise")
     assert {name for name, weight in weights.items() if not torch.equal(new[name], weight)} == EMBEDDINGS
     assert all(new[name].std().item() == pytest.approx(0.02, rel=0.05) for name in EMBEDDINGS)
+    assert not torch.equal(*(new[name] for name in EMBEDDINGS))
     assert sum(state["step"].item() == 0 for state in partly.values()) == 2
     again, _ = at_the_switch(recipe, tmp_path / "again", "reinitialise")
     assert all(torch.equal(again[name], weight) for name, weight in new.items())

@@ -73,14 +73,14 @@ class ScheduledTokens(Dataset[dict[str, Tensor]]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = self.schedule.stage_index(index // self.sequences_per_step)
-        stage, first = self.schedule.stages[number], [0, *self.schedule.switches][number]
+        stage, first = self.schedule.stages[number], self.schedule.starts[number]
         window = stage.window(self.positions)
         block, at = divmod(index - first * self.sequences_per_step, BLOCK)
         left = stage.steps * self.sequences_per_step - block * BLOCK
         turn = block * BLOCK + int(_order(self.seed, number, block, min(BLOCK, left))[at])
         offset = self.schedule.token_offset(first, self.positions, self.sequences_per_step) + turn * window
         sample = _sample(self._read(offset, window), stage)
-        weights = self.schedule.position_weights_at(index // self.sequences_per_step)
+        weights = stage.position_weights(index // self.sequences_per_step - first)
         return sample if weights is None else {**sample, "position_weights": weights}
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:

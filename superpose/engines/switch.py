@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
+from superpose.errors import InputError
+
 RESETS = ("reset-optimizer", "restart-schedule", "reinitialise")
 
 
@@ -31,11 +33,12 @@ class AtSwitch(TrainerCallback):
         if "reset-optimizer" in self.resets:
             _zero(moments.values())
         if "reinitialise" in self.resets:
-            for module in {model.get_input_embeddings(), model.get_output_embeddings()}:
-                with torch.random.fork_rng(), torch.no_grad():
-                    torch.manual_seed(self.seed + state.global_step)
-                    module.weight.normal_(std=model.config.get_text_config().initializer_range)
-                _zero([moments[module.weight]])
+            weights = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(self.seed + state.global_step)
+                for weight in weights:
+                    weight.normal_(std=model.config.get_text_config().initializer_range)
+            _zero(moments[weight] for weight in weights)
 
 
 def _zero(states: Any) -> None:
@@ -48,10 +51,10 @@ def _zero(states: Any) -> None:
 def restarted(arguments: TrainingArguments, stages: Sequence[int]) -> Callable[[int], float]:
     """Factor of the learning rate at a step, where the schedule of ``arguments`` starts anew in each of ``stages`` (steps).
 
-    A warm-up given as a share is one of each stage's steps, and so is the decay of WSD. Raises ValueError for a schedule that
-    is not a function of the step.
+    A warm-up given as a share is one of each stage's steps, and so is the decay of WSD. Raises InputError for a schedule
+    that is not a function of the step.
     """
-    factors = []
+    factors: list[Callable[[int], float]] = []
     for steps in stages:
         kwargs: Any = {**(arguments.lr_scheduler_kwargs or {})}  # type: ignore[dict-item]
         if "num_decay_steps" in kwargs:
@@ -59,7 +62,9 @@ def restarted(arguments: TrainingArguments, stages: Sequence[int]) -> Callable[[
         nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         alone = get_scheduler(arguments.lr_scheduler_type, nothing, arguments.get_warmup_steps(steps), steps, kwargs)
         if not hasattr(alone, "lr_lambdas"):
-            raise ValueError(f"lr_scheduler_type {arguments.lr_scheduler_type} cannot start anew at a switch: take another")
+            raise InputError(
+                f"training.lr_scheduler_type {arguments.lr_scheduler_type} cannot start anew at a switch: take another"
+            )
         factors.append(alone.lr_lambdas[0])
 
     def factor(step: int) -> float:

@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Collection
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,7 @@ class ScheduledTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None and "restart-schedule" in self.resets:
-            ends = [*self.data.schedule.changes, num_training_steps]
-            stages = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+            stages = [end - start for start, end in pairwise([0, *self.data.schedule.changes, num_training_steps])]
             scheduled: Any = optimizer or self.optimizer
             self.lr_scheduler = LambdaLR(scheduled, restarted(self.args, stages))
         return super().create_scheduler(num_training_steps, optimizer)

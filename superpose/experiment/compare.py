@@ -15,9 +15,20 @@ from superpose.experiment.arms import arm_recipe
 from superpose.experiment.recipe import Recipe, load_recipe
 from superpose.experiment.train import build_model, check_same, environment, is_main_process, read_metrics, train
 
-#: What a run cost, and the columns of runs.csv.
-ACCOUNTS = ("parameters", "step", "positions", "data_tokens", "flops", "seconds")
-COLUMNS = ("arm", "seed", *ACCOUNTS, "final_loss", "bits_per_byte", "diverged")
+#: The columns of runs.csv: the arm, and entries of a run's summary.
+COLUMNS = (
+    "arm",
+    "seed",
+    "parameters",
+    "step",
+    "positions",
+    "data_tokens",
+    "flops",
+    "seconds",
+    "final_loss",
+    "bits_per_byte",
+    "diverged",
+)
 
 
 def compare(
