@@ -2,6 +2,7 @@ import pickle
 import warnings
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -33,25 +34,65 @@ def test_each_stage_gives_its_shapes(data):
     assert len(data) == 11 * 3
 
 
-def test_each_stage_reads_its_part_of_the_stream_once(data, store):
-    tokens = TokenStore(store)
+@pytest.fixture
+def places(store, monkeypatch):
+    """A store whose tokens are their own places in it."""
+    monkeypatch.setattr(TokenStore, "read", lambda self, start, count: np.arange(start, start + count))
+    return TokenStore(store)
+
+
+def read(data, first, end):
+    return torch.cat([data[index]["input_ids"].flatten() for index in range(first, end)])
+
+
+def test_each_stage_reads_its_part_of_the_stream_once(data, places):
+    block = batches.BLOCK * 16
+    expected = 0
     for first, end in pairwise([0, *SCHEDULE.switches, SCHEDULE.steps]):
-        start, stop = SCHEDULE.token_offset(first, 16, 3), SCHEDULE.token_offset(end, 16, 3)
-        read = sorted(tuple(data[index]["input_ids"].flatten().tolist()) for index in range(3 * first, 3 * end))
-        window = SCHEDULE.stage_at(first).window(16)
-        assert read == sorted(tuple(tokens.read(at, window).tolist()) for at in range(start, stop, window))
+        tokens = read(data, 3 * first, 3 * end)
+        assert len(tokens) == len(tokens.unique()) == SCHEDULE.token_offset(end, 16, 3) - SCHEDULE.token_offset(first, 16, 3)
+        blocks = (tokens // block).unique()
+        order = [(place * data.stride) % data.blocks for place in range(data.blocks)]
+        stretch = range(expected // block, (expected + len(tokens) - 1) // block + 1)
+        assert set(blocks.tolist()) == {order[place] for place in stretch}
+        expected += len(tokens)
 
 
-def test_windows_are_mixed_by_the_seed_and_within_blocks(store, monkeypatch):
+def test_the_stream_is_the_same_in_every_arm(places):
+    def read_in_all(schedule, seed):
+        data = ScheduledTokens(places, schedule, positions=16, sequences_per_step=4, seed=seed)
+        epochs.add(data.epoch_tokens // block)
+        return sorted(read(data, 0, len(data)).tolist())
+
+    block, epochs = batches.BLOCK * 16, set()
+    places.tokens = next(n for n in range(places.tokens, 0, -1) if n % block == 1 and n % 3 == 0)
+    plain, bags = Schedule.baseline(24), Schedule.staged([Stage(4, 8), Stage(2, 3), Stage(2)])
+    assert read_in_all(plain, 0) == read_in_all(plain, 1)
+    assert read_in_all(bags, 0) == read_in_all(Schedule.baseline(40), 3)
+    assert set(read_in_all(plain, 0)) < set(read_in_all(bags, 0))
+    assert len(epochs) == 2  # windows of three sequences make an epoch that has a block less
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2, 3, 10, 377, 11_992])
+def test_blocks_are_each_visited_once_and_spread_evenly(blocks):
+    stride = batches._golden_stride(blocks)
+    order = [step * stride % blocks for step in range(blocks)]
+    assert sorted(order) == list(range(blocks))
+    for first in range(0, blocks - 20, max(1, blocks // 7)):
+        counts = np.histogram(order[first : first + 20], bins=4, range=(0, blocks))[0]
+        assert counts.min() >= 3
+
+
+def test_windows_are_mixed_by_the_seed_and_in_parts(places, monkeypatch):
+    monkeypatch.setattr(batches, "BLOCK", 64)
+
     def offsets(seed):
-        data = ScheduledTokens(store, Schedule.baseline(20), positions=16, sequences_per_step=2, seed=seed)
-        stream = TokenStore(store).read(0, 640).tolist()
-        windows = {tuple(stream[at : at + 16]): at // 16 for at in range(0, 640, 16)}
-        return [windows[tuple(data[index]["input_ids"].tolist())] for index in range(40)]
+        data = ScheduledTokens(places, Schedule.baseline(20), positions=16, sequences_per_step=2, seed=seed)
+        return [int(data[index]["input_ids"][0]) // 16 for index in range(40)]
 
     assert offsets(0) == offsets(0) != offsets(1)
     assert offsets(0) != sorted(offsets(0))
-    monkeypatch.setattr(batches, "BLOCK", 16)
+    monkeypatch.setattr(batches, "PERMUTED", 16)
     order = offsets(0)
     assert [sorted(order[at : at + 16]) for at in (0, 16, 32)] == [list(range(16)), list(range(16, 32)), list(range(32, 40))]
     assert order[:16] != order[16:32]
@@ -79,28 +120,24 @@ def test_an_unordered_batch_is_refused(data):
         data.__getitems__([0, 9])
 
 
-def test_a_window_over_the_end_of_an_epoch_continues_at_the_start(store):
-    tokens = TokenStore(store).tokens
+def test_an_epoch_reads_every_token_and_the_next_continues_at_its_start(places):
     with pytest.warns(UserWarning, match="epochs"):
-        data = ScheduledTokens(store, Schedule.baseline(tokens // 512 + 1), positions=512, sequences_per_step=1)
-    stream = TokenStore(store).read(0, data.epoch_tokens).tolist()
-    last = (stream + stream)[(len(data) - 1) * 512 : len(data) * 512]
-    assert last in [data[index]["input_ids"].tolist() for index in range(len(data))]
+        data = ScheduledTokens(places, Schedule.baseline(places.tokens // 512 + 1), positions=512, sequences_per_step=1)
+    tokens, counts = read(data, 0, len(data)).unique(return_counts=True)
+    assert tokens.tolist() == list(range(data.epoch_tokens))
+    twice = tokens[counts == 2]
+    assert len(twice) == len(data) * 512 - data.epoch_tokens
+    assert set(counts.tolist()) == {1, 2}
+    assert twice.tolist() == list(range(len(twice)))  # the stream begins at the store's
 
 
-def test_epochs_warn_and_move_the_windows(store):
-    tokens = TokenStore(store).tokens
+def test_epochs_warn_and_move_the_windows(places, store):
+    tokens = places.tokens
     steps = 2 * tokens // 512 + 4
     with pytest.warns(UserWarning, match=r"reads 2\.\d\d epochs"):
         data = ScheduledTokens(store, Schedule.baseline(steps), positions=512, sequences_per_step=1)
-    starts = [
-        {
-            (index * 512) % data.epoch_tokens
-            for index in range(e * data.epoch_tokens // 512 + 1, (e + 1) * data.epoch_tokens // 512)
-        }
-        for e in (0, 1)
-    ]
-    assert starts[0].isdisjoint(starts[1])
+    windows = sorted(int(data[index]["input_ids"][0]) for index in range(len(data)))
+    assert len(set(windows)) == len(windows)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ScheduledTokens(store, Schedule.baseline(4), positions=512, sequences_per_step=1)

@@ -2,7 +2,8 @@
 
 Index i belongs to step ``i // sequences_per_step``; the schedule gives the stage and the part of the token stream that it
 reads. Nothing depends on workers, ranks, accumulation or on where a run was resumed. Samples must be drawn in order: the
-dataset itself mixes the windows, because neighbouring ones come from the same document.
+dataset itself mixes the text, because neighbouring windows come from the same document. The token stream is the store in
+blocks, in an order that spreads every part of the stream over the whole store; within a stage the windows are permuted.
 """
 
 import math
@@ -21,8 +22,10 @@ from superpose.data.store import TokenStore
 from superpose.errors import InputError
 from superpose.schedule import Schedule, Stage
 
-#: Windows are mixed within blocks of so many, and never across stages.
-BLOCK = 2**16
+#: Sequences of text in a block of the stream: whole windows for every bag size that divides it.
+BLOCK = 32
+#: Windows are permuted among so many, and never across stages.
+PERMUTED = 2**16
 
 
 class ScheduledTokens(Dataset[dict[str, Tensor]]):
@@ -36,8 +39,9 @@ class ScheduledTokens(Dataset[dict[str, Tensor]]):
     sequences_per_step: sequences of one optimizer step over all ranks and micro-batches.
     seed: of the order of the windows. A stage reads the same tokens, each once, in every order.
 
-    A run longer than the store goes round it again, with a warning. An epoch is the store less so few tokens that its length
-    shares no factor with any window, so each epoch is cut into windows at other places.
+    The stream depends on neither schedule nor seed: a part of it is the same text in every arm. A run longer than the store
+    goes round it again, with a warning. An epoch is the store less so few tokens that its length shares no factor with any
+    window, so each epoch is cut into windows at other places.
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class ScheduledTokens(Dataset[dict[str, Tensor]]):
         self.epoch_tokens = next(
             length for length in range(self.store.tokens, 0, -1) if all(math.gcd(length, window) == 1 for window in windows)
         )
+        self.blocks = max(0, self.store.tokens // (BLOCK * positions) - 1)
+        self.stride = _golden_stride(self.blocks)
         if self.epochs > 1:
             warnings.warn(
                 f"the run reads {self.epochs:.2f} epochs of {self.store.path}: "
@@ -75,9 +81,9 @@ class ScheduledTokens(Dataset[dict[str, Tensor]]):
         number = self.schedule.stage_index(index // self.sequences_per_step)
         stage, first = self.schedule.stages[number], self.schedule.starts[number]
         window = stage.window(self.positions)
-        block, at = divmod(index - first * self.sequences_per_step, BLOCK)
-        left = stage.steps * self.sequences_per_step - block * BLOCK
-        turn = block * BLOCK + int(_order(self.seed, number, block, min(BLOCK, left))[at])
+        part, at = divmod(index - first * self.sequences_per_step, PERMUTED)
+        left = stage.steps * self.sequences_per_step - part * PERMUTED
+        turn = part * PERMUTED + int(_order(self.seed, number, part, min(PERMUTED, left))[at])
         offset = self.schedule.token_offset(first, self.positions, self.sequences_per_step) + turn * window
         sample = _sample(self._read(offset, window), stage)
         weights = stage.position_weights(index // self.sequences_per_step - first)
@@ -92,19 +98,35 @@ class ScheduledTokens(Dataset[dict[str, Tensor]]):
         return [self[index] for index in indices]
 
     def _read(self, offset: int, count: int) -> Tensor:
-        pieces = []
+        """``count`` tokens of the stream. It ends with the store's last block and what is over, so epochs may differ in length."""
+        pieces, size = [], BLOCK * self.positions
         while count:
-            at = offset % self.epoch_tokens
-            length = min(count, self.epoch_tokens - at)
-            pieces.append(torch.from_numpy(self.store.read(at, length)))
+            block, at = divmod(offset % self.epoch_tokens, size)
+            if block < self.blocks:
+                start, left = block * self.stride % self.blocks * size, size
+            else:
+                start, left = block * size, self.epoch_tokens - block * size
+            length = min(count, left - at)
+            pieces.append(torch.from_numpy(self.store.read(start + at, length)))
             offset, count = offset + length, count - length
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
+def _golden_stride(blocks: int) -> int:
+    """The step from a block to the next: near the golden section of all, so that any stretch of steps is spread evenly.
+
+    It shares no factor with their number, so that each is visited once.
+    """
+    stride = round(blocks * (math.sqrt(5) - 1) / 2)
+    while math.gcd(stride, blocks) > 1:
+        stride += 1
+    return stride
+
+
 @lru_cache(maxsize=8)
-def _order(seed: int, stage: int, block: int, size: int) -> NDArray[np.int64]:
-    """A permutation of a block's windows. RandomState, unlike newer generators, promises the same one in every numpy."""
-    return np.random.RandomState([seed, stage, block]).permutation(size)
+def _order(seed: int, stage: int, part: int, size: int) -> NDArray[np.int64]:
+    """A permutation of windows. RandomState, unlike newer generators, promises the same one in every numpy."""
+    return np.random.RandomState([seed, stage, part]).permutation(size)
 
 
 def _sample(tokens: Tensor, stage: Stage) -> dict[str, Tensor]:
