@@ -23,7 +23,7 @@ lint: setup
 	$(BIN)/mypy
 
 demo: setup
-	$(BIN)/superpose prepare '$(PACKAGES)/torch/**/*.py' '$(PACKAGES)/transformers/**/*.py' --bytes --out runs/demo-data
+	$(BIN)/superpose prepare '$(PACKAGES)/torch/**/*.py' '$(PACKAGES)/transformers/**/*.py' --bytes --validation 0.05 --out runs/demo-data
 	$(BIN)/superpose compare recipes/demo.toml --out runs/demo
 
 bench: setup

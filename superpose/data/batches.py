@@ -98,7 +98,7 @@ class ScheduledTokens(Dataset[dict[str, Tensor]]):
         return [self[index] for index in indices]
 
     def _read(self, offset: int, count: int) -> Tensor:
-        """``count`` tokens of the stream. It ends with the store's last block and what is over, so epochs may differ in length."""
+        """``count`` tokens of the stream, which ends with the store's last block and what is over: epochs differ in length."""
         pieces, size = [], BLOCK * self.positions
         while count:
             block, at = divmod(offset % self.epoch_tokens, size)

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.data import Subset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -249,10 +251,11 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
         raise InputError(f"training: {_first_line(error)}") from None
 
 
-def validation_windows(validation: TokenStore, positions: int, limit: int) -> ScheduledTokens:
-    """Plain windows over the first ``limit`` tokens of the validation split."""
-    windows = max(1, min(validation.tokens - 1, limit) // positions)
-    return ScheduledTokens(validation, Schedule.baseline(1), positions=positions, sequences_per_step=windows)
+def validation_windows(validation: TokenStore, positions: int, limit: int) -> Subset[dict[str, Tensor]]:
+    """Plain windows with at most ``limit`` tokens in all, a sample of the whole validation split, the same in every run."""
+    windows = max(1, (validation.tokens - 1) // positions)
+    split = ScheduledTokens(validation, Schedule.baseline(1), positions=positions, sequences_per_step=windows)
+    return Subset(split, range(max(1, min(windows, limit // positions))))
 
 
 def environment() -> dict[str, Any]:
