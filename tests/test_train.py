@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from superpose import InputError, Schedule
 from superpose.data.prepare import prepare
+from superpose.data.store import TokenStore
 from superpose.experiment import train as module
 from superpose.experiment.evaluate import evaluate
 from superpose.experiment.sample import generate
@@ -125,6 +126,19 @@ def test_two_ranks_give_the_losses_of_one(finished, tmp_path, how):
     assert expected.keys() == found.keys()
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, rtol=0, atol=2e-4)
+
+
+def test_validation_is_a_sample_of_the_whole_split(store, monkeypatch):
+    monkeypatch.setattr(TokenStore, "read", lambda self, start, count: torch.arange(start, start + count).numpy())
+    validation = TokenStore(store, "validation")
+    windows = module.validation_windows(validation, 32, 1024)
+    assert len(windows) == 32
+    starts = [int(window["input_ids"][0]) for window in windows]
+    assert starts == [int(windows[index]["input_ids"][0]) for index in range(32)]
+    quarters = [start * 4 // validation.tokens for start in starts]
+    assert min(quarters.count(quarter) for quarter in range(4)) >= 3
+    assert len(module.validation_windows(validation, 32, 10**9)) == (validation.tokens - 1) // 32
+    assert len(module.validation_windows(validation, 32, 1)) == 1
 
 
 def test_evaluate_and_sample_read_the_saved_model(finished, store, monkeypatch):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -59,7 +60,7 @@ class ScheduledTrainer(Trainer):
         args: TrainingArguments,
         *,
         train_dataset: ScheduledTokens,
-        eval_dataset: ScheduledTokens,
+        eval_dataset: Dataset[dict[str, Tensor]],
         bytes_per_token: float,
         metrics: Path,
         resets: Collection[str] = (),

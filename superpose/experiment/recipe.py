@@ -54,7 +54,7 @@ class ModelSection:
 class DataSection:
     #: directory made by `superpose prepare`
     path: str = ""
-    #: validation tokens of one evaluation
+    #: tokens of one evaluation, a sample of the whole validation split
     evaluation_tokens: int = 2**20
     #: compare the store's checksums before training
     verify: bool = True
