@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from corpus import quietly, write_corpus
-from models import DEMO
+from models import SMALL
 from timing import Figures, Table, Target, progress, summary
 from torch import nn
 from torch.utils.data import DataLoader
@@ -28,7 +28,7 @@ BOUND = 0.97
 
 def run(*, quick: bool) -> Figures:
     steps, rounds = (10, 3) if quick else (100, 9)
-    title = f"training {steps} steps, Llama of {DEMO.name}, {DEMO.sequences} × {DEMO.positions} positions, s = 4, r = 0.3"
+    title = f"training {steps} steps, Llama of {SMALL.name}, {SMALL.sequences} × {SMALL.positions} positions, s = 4, r = 0.3"
     seconds: dict[str, list[float]] = {LOOP: [], ENGINE: [], WALL: []}
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
@@ -64,19 +64,19 @@ def _recipe(data: Path, steps: int) -> Recipe:
             "name": "benchmark",
             "model": {
                 "architecture": "llama",
-                "hidden_size": DEMO.width,
-                "intermediate_size": 8 * DEMO.width // 3,
-                "num_hidden_layers": DEMO.layers,
-                "num_attention_heads": DEMO.heads,
-                "num_key_value_heads": DEMO.heads,
-                "max_position_embeddings": DEMO.positions,
+                "hidden_size": SMALL.width,
+                "intermediate_size": 8 * SMALL.width // 3,
+                "num_hidden_layers": SMALL.layers,
+                "num_attention_heads": SMALL.heads,
+                "num_key_value_heads": SMALL.heads,
+                "max_position_embeddings": SMALL.positions,
             },
             "data": {"path": str(data), "evaluation_tokens": 2048},
             "superposition": {"bag_size": 4, "ratio": 0.3},
             "training": {
                 "steps": steps,
-                "positions": DEMO.positions,
-                "sequences_per_step": DEMO.sequences,
+                "positions": SMALL.positions,
+                "sequences_per_step": SMALL.sequences,
                 "decay_ratio": DECAY,
                 "learning_rate": LEARNING_RATE,
                 "weight_decay": WEIGHT_DECAY,

@@ -39,7 +39,7 @@ class Shape:
         return torch.randint(self.vocabulary, (self.sequences, self.positions, *bag))
 
 
-DEMO = Shape("demo, 0.4M parameters", width=96, layers=3, heads=3, vocabulary=257, sequences=16)
+SMALL = Shape("0.4M parameters", width=96, layers=3, heads=3, vocabulary=257, sequences=16)
 MEDIUM = Shape("30M parameters", width=384, layers=12, heads=6, vocabulary=8192, sequences=4)
 
 

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from models import DEMO, Step
+from models import SMALL, Step
 from timing import Figures, Row, Table, in_turn
 
 from superpose import attach
 
 #: Long enough sequences and a large enough vocabulary that each axis shows in the step.
-BASE = dataclasses.replace(DEMO, vocabulary=4096, sequences=2)
+BASE = dataclasses.replace(SMALL, vocabulary=4096, sequences=2)
 BAG_SIZE = 4
 AXES: dict[str, tuple[int, ...]] = {
     "positions": (128, 256, 512, 1024, 2048),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from models import DEMO, MEDIUM, Shape, Step
+from models import MEDIUM, SMALL, Shape, Step
 from timing import Figures, Table, Target, in_turn, peak_of_tensors, peak_resident
 
 from superpose import attach
@@ -15,7 +15,7 @@ BOUND = 1.03
 
 def run(*, quick: bool) -> Figures:
     figures = Figures([])
-    for shape, seconds in ((DEMO, 5),) if quick else ((DEMO, 150), (MEDIUM, 180)):
+    for shape, seconds in ((SMALL, 5),) if quick else ((SMALL, 150), (MEDIUM, 180)):
         table = Table(f"training step, Llama of {shape.name}, {shape.sequences} × {shape.positions} positions, float32")
         attached, stock = Step(attach(shape.build())), Step(shape.build())
         candidates = {PLAIN: _call(attached, shape, 1)}
