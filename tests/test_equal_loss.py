@@ -137,14 +137,6 @@ def test_one_seed_and_noise_are_said():
     assert "noise" not in equal_loss_sentences(make_rows({"tst": [CURVE.loss(1400)]}))[0]
 
 
-@pytest.mark.parametrize(("excess", "warned"), [(0.05, True), (0.001, False), (-0.05, False)])
-def test_baselines_that_their_cuts_made_worse_are_told(excess, warned):
-    rows = make_rows({"tst": [CURVE.loss(1400)]})
-    own = {**rows[1], "run": "baseline/seed-0", "final_loss": rows[1]["final_loss"] - excess}
-    rows[1]["run"] = "equal-loss/length-1/seed-0"
-    assert any("speed-up is too large" in sentence for sentence in equal_loss_sentences([*rows, own])) == warned
-
-
 def test_diverged_runs_are_left_out(tmp_path):
     rows = make_rows({"tst": [CURVE.loss(1400), None], "output-only": [None, None]}, (0.0, 0.0))
     rows[2]["final_loss"] = None

@@ -109,25 +109,6 @@ def equal_loss_sentences(rows: Rows) -> list[str]:
         f"Baselines of {shortest:,} to {longest:,} steps, each fully decayed, end at about {curve.floor:.4f} + "
         f"{curve.scale:.4g} · steps^−{curve.exponent:.4f} nats"
         + (f" (residual {results.residual:.4f})." if results.residual is not None else " (three lengths leave no residual)."),
-        *_cut_sentence(rows, results),
-    ]
-
-
-def _cut_sentence(rows: Rows, results: EqualLossResults) -> list[str]:
-    """Says so where being cut costs the chain's baselines much of the gain: short runs on long documents."""
-    own = {row["seed"]: row for row in rows if row["run"].startswith("baseline/") and row["final_loss"] is not None}
-    differences = [
-        row["final_loss"] - own[row["seed"]]["final_loss"]
-        for row in rows
-        if row["run"].startswith("equal-loss/") and row["final_loss"] is not None
-        if row["seed"] in own and own[row["seed"]]["steps"] == row["steps"]
-    ]
-    excess = fmean(differences or [0.0])
-    if excess <= max([0.0, *(arm.gain / 4 for arm in results.arms)]):
-        return []
-    return [
-        f"WARNING: the chain's baselines end {excess:.4f} nats above the comparison's own of that length: they mix their "
-        "windows within stages, and here a stage reads too few documents for that. The speed-up is too large."
     ]
 
 
