@@ -10,7 +10,7 @@ from rich.console import Console
 
 from superpose.experiment.plots import draw_loss, draw_training
 from superpose.experiment.report import write_report
-from superpose.experiment.summary import duration, quantity, summarise, table, verdict
+from superpose.experiment.summary import cells, duration, quantity, summarise, table, verdict
 
 STEPS, TOKENS_PER_STEP, FLOPS_PER_STEP = 750, 16 * 256, 2.1e10
 
@@ -195,6 +195,7 @@ def test_baseline_is_found_by_name_else_first():
     assert {summary.baseline for summary in summarise(results)} == {"baseline"}
     results["arms"][1]["name"] = "plain"
     assert {summary.baseline for summary in summarise(results)} == {"tst"}
+    assert all("against tst" in cells(summary) for summary in summarise(results))
 
 
 def test_diverged_run_is_left_out_with_its_pair():

@@ -202,7 +202,7 @@ def cells(arm: ArmSummary) -> dict[str, str]:
         "arm": arm.name,
         "seeds": str(len(arm.seeds)) + (f" ({len(arm.diverged)} diverged)" if arm.diverged else ""),
         "final loss, nats": plus_minus(arm.final_loss, arm.final_loss_deviation) if arm.seeds else "diverged",
-        "against baseline": "–" if is_baseline else plus_minus(arm.difference, arm.difference_deviation, "+"),
+        f"against {arm.baseline}": "–" if is_baseline else plus_minus(arm.difference, arm.difference_deviation, "+"),
         "bits per byte": or_dash(arm.bits_per_byte),
         "speed-up": or_dash(None if is_baseline else arm.speed_up, "{:.2f}×".format),
         "data tokens": quantity(arm.data_tokens),
