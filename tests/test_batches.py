@@ -131,16 +131,15 @@ def test_an_epoch_reads_every_token_and_the_next_continues_at_its_start(places):
     assert twice.tolist() == list(range(len(twice)))  # the stream begins at the store's
 
 
-def test_epochs_warn_and_move_the_windows(places, store):
-    tokens = places.tokens
-    steps = 2 * tokens // 512 + 4
+def test_epochs_warn_and_move_the_windows(places):
+    steps = 2 * places.tokens // 512 + 4
     with pytest.warns(UserWarning, match=r"reads 2\.\d\d epochs"):
-        data = ScheduledTokens(store, Schedule.baseline(steps), positions=512, sequences_per_step=1)
+        data = ScheduledTokens(places, Schedule.baseline(steps), positions=512, sequences_per_step=1)
     windows = sorted(int(data[index]["input_ids"][0]) for index in range(len(data)))
     assert len(set(windows)) == len(windows)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ScheduledTokens(store, Schedule.baseline(4), positions=512, sequences_per_step=1)
+        ScheduledTokens(places, Schedule.baseline(4), positions=512, sequences_per_step=1)
 
 
 def test_a_corpus_shorter_than_a_window_is_refused(store):
