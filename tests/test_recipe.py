@@ -79,6 +79,9 @@ def test_explicit_stages(values):
     assert Recipe.from_dict(values).schedule() == Schedule.staged([Stage(3, 8), Stage(6, 4, weighting="power-law"), Stage(15)])
     values["superposition"]["stages"][0]["ratio"] = 0.9
     assert "ratios of the stages" in refused(values)
+    values["superposition"]["bag_size"] = 2
+    assert "stages take the place of bag_size and ratio" in refused(values)
+    del values["superposition"]["bag_size"]
     values["superposition"]["stages"][0] = {"bag_sise": 8}
     assert "did you mean bag_size?" in refused(values)
 

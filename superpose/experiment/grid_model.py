@@ -17,7 +17,7 @@ algebra. The constants below are fixed, chosen by looking at the published grids
 import csv
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -57,8 +57,8 @@ REMAINDER, REMAINDER_LENGTHS = 0.0015, (0.15, 1.0)
 BUMP = 0.0007
 #: Noise, nats: of a baseline (shared by its whole table) and of one cell.
 BASELINE_NOISE, CELL_NOISE = 0.0015, 0.0007
-#: Factors tried for the noise of each sweep of one's own, which is larger for small runs.
-NOISE_FACTORS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+#: Factors tried for the noise of each sweep of one's own, which is larger for small runs; all as likely beforehand.
+NOISE_FACTORS = tuple(2 ** (i / 2) for i in range(11))
 
 #: Standard deviations by which a gain is marked down before settings are compared.
 CAUTION = 0.5
@@ -137,6 +137,11 @@ class Grid:
     cells: Cells
     #: nats by which each cell is below its baseline
     gain: Array
+    #: runs of each cell that were averaged (seeds)
+    runs: Array
+    #: squared deviations of repeated runs, baselines too, from their means, summed (nats²), and their degrees of freedom
+    scatter: float
+    repeats: int
 
 
 def published_rows() -> list[Row]:
@@ -212,6 +217,7 @@ def grids(rows: Iterable[Row], *, own: bool = False) -> list[Grid]:
             raise InputError(
                 f"table {table} has no baseline of {params:g} parameters and {steps} steps: add its row, bag_size 1"
             )
+        repeated = [baselines[run], *measured.values()]
         result.append(
             Grid(
                 name=f"{'sweep' if own else 'table'} {table}",
@@ -222,21 +228,22 @@ def grids(rows: Iterable[Row], *, own: bool = False) -> list[Grid]:
                 own=own,
                 cells=Cells.of(params, positions[run], weighting, list(measured)),
                 gain=np.array([fmean(baselines[run]) - fmean(losses) for losses in measured.values()]),
+                runs=np.array([min(len(baselines[run]), len(losses)) for losses in measured.values()], np.float64),
+                scatter=sum((loss - fmean(losses)) ** 2 for losses in repeated for loss in losses),
+                repeats=sum(len(losses) - 1 for losses in repeated),
             )
         )
     return result
 
 
 class GainModel:
-    """The posterior over gains, given grids. The noise of one's own grids is fitted as a factor, by likelihood."""
+    """The posterior over gains, given grids. ``noise``: factor on the noise of each grid's runs, 1 for those published."""
 
     def __init__(self, grids: Sequence[Grid]) -> None:
         self.grids = tuple(grids)
         self.cells = _join([_numbered(grid.cells, index) for index, grid in enumerate(grids)])
         self.gain = np.concatenate([grid.gain for grid in grids])
-        for index, grid in enumerate(grids):
-            if grid.own:
-                self._fit_noise(self.cells.grid == index)
+        self.noise = [self._fit_noise(index) if grid.own else 1.0 for index, grid in enumerate(grids)]
 
     def predict(self, cells: Cells, given: NDArray[np.bool_] | None = None) -> tuple[Array, Array]:
         """Mean gain ``[n]`` of runs to come, nats, and the standard deviation of a single one, noise of both arms included.
@@ -251,15 +258,24 @@ class GainModel:
         variance = prior - (cross * solved[:, 1:].T).sum(1)
         return cross @ solved[:, 0], np.sqrt(np.maximum(variance, 0))
 
-    def _fit_noise(self, chosen: NDArray[np.bool_]) -> None:
-        cells, gain = self.cells[chosen], self.gain[chosen]
+    def _fit_noise(self, index: int) -> float:
+        """The root mean square of the factors, by their likelihood for a grid's gains and for the scatter of its seeds.
+
+        A few cells that agree tell little of the noise, and the likeliest factor alone would be far too small.
+        """
+        grid, chosen = self.grids[index], self.cells.grid == index
 
         def likelihood(factor: float) -> float:
-            cells.noise[:] = factor
+            cells = replace(grid.cells, noise=factor / np.sqrt(grid.runs))
             root = np.linalg.cholesky(_covariance(cells, cells) + _noise(cells, cells))
-            return float(-0.5 * np.square(np.linalg.solve(root, gain)).sum() - np.log(np.diagonal(root)).sum())
+            scatter = 0.5 * grid.scatter / (factor * BASELINE_NOISE) ** 2 + grid.repeats * math.log(factor)
+            return float(-0.5 * np.square(np.linalg.solve(root, grid.gain)).sum() - np.log(np.diagonal(root)).sum() - scatter)
 
-        self.cells.noise[chosen] = max(NOISE_FACTORS, key=likelihood)
+        likelihoods = np.array([likelihood(factor) for factor in NOISE_FACTORS])
+        weights = np.exp(likelihoods - likelihoods.max())
+        factor = float(np.sqrt(np.average(np.square(NOISE_FACTORS), weights=weights)))
+        self.cells.noise[chosen] = factor / np.sqrt(grid.runs)
+        return factor
 
 
 def recommended(mean: Array, deviation: Array) -> int:
@@ -369,11 +385,16 @@ def speed_up(gain: float, params: float, positions: float, rows: Sequence[Row]) 
     A baseline's loss falls with its positions as b · (positions / 42B)^(−0.28); b is fitted to the baselines of several lengths
     among ``rows`` and interpolated in log parameters (held constant outside of them).
     """
-    models = sorted({row.params for row in rows if len({other.positions for other in _baselines(rows, row.params)}) > 1})
+    models = models_of_several_lengths(rows)
     terms = [_data_term(_baselines(rows, params)) for params in models]
     term = math.exp(np.interp(math.log(params), np.log(models), np.log(terms)))
     left = 1 - gain / (term * (positions / SCALE_POSITIONS) ** -SCALE_EXPONENT)
     return left ** (-1 / SCALE_EXPONENT) if left > 0 else math.inf
+
+
+def models_of_several_lengths(rows: Sequence[Row]) -> list[float]:
+    """Parameters of the models whose baselines were trained for several numbers of positions, ascending."""
+    return sorted({row.params for row in rows if len({other.positions for other in _baselines(rows, row.params)}) > 1})
 
 
 def _baselines(rows: Sequence[Row], params: float) -> list[Row]:

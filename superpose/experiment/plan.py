@@ -29,6 +29,7 @@ from superpose.experiment.grid_model import (
     Row,
     data_factor,
     grids,
+    models_of_several_lengths,
     published_rows,
     read_rows,
     recommended,
@@ -125,6 +126,7 @@ def make_plan(run: Run, model: GainModel, rows: Sequence[Row]) -> Plan:
     if run.weighting not in WEIGHTINGS:
         raise InputError(f"--weighting {run.weighting!r} is not in the grids: take {' or '.join(WEIGHTINGS)}")
     cells = Cells.of(run.params, run.positions, run.weighting, _settings(run, model.grids))
+    cells.noise[:] = max((noise for grid, noise in zip(model.grids, model.noise, strict=True) if _near(run, grid)), default=1.0)
     mean, deviation = model.predict(cells)
     unlimited = recommended(mean, deviation)
     fitting = np.flatnonzero(run.positions * data_factor(cells) <= (run.tokens or math.inf))
@@ -140,7 +142,7 @@ def make_plan(run: Run, model: GainModel, rows: Sequence[Row]) -> Plan:
         best=best,
         unlimited=unlimited,
         speed_up=None if best is None else _speed_ups(mean[best], deviation[best], run, rows),
-        warnings=tuple(_extrapolation(run, model.grids)),
+        warnings=tuple(_slope(run, rows) if _near_own(run, model.grids) else _extrapolation(run, model.grids)),
     )
 
 
@@ -159,14 +161,14 @@ def _settings(run: Run, grids: Sequence[Grid]) -> list[tuple[int, float]]:
 
 
 def _near_own(run: Run, grids: Sequence[Grid]) -> list[Grid]:
-    """The grids of one's own that are within a factor of `NEAR` of the run."""
+    """The grids of one's own, of more than one cell, that the run is near."""
+    return [grid for grid in grids if len(grid.cells) > 1 and _near(run, grid)]
+
+
+def _near(run: Run, grid: Grid) -> bool:
+    """Whether ``grid`` is one's own and within a factor of `NEAR` of the run in all that counts."""
     axes = ("params", "steps", "positions")
-    return [
-        grid
-        for grid in grids
-        if grid.own and len(grid.cells) > 1
-        if all(abs(math.log(getattr(run, name) / getattr(grid, name))) <= math.log(NEAR) for name in axes)
-    ]
+    return grid.own and all(abs(math.log(getattr(run, name) / getattr(grid, name))) <= math.log(NEAR) for name in axes)
 
 
 def _speed_ups(gain: float, deviation: float, run: Run, rows: Sequence[Row]) -> tuple[float, float, float]:
@@ -176,10 +178,19 @@ def _speed_ups(gain: float, deviation: float, run: Run, rows: Sequence[Row]) -> 
     return low, middle, high
 
 
-def _extrapolation(run: Run, grids: Sequence[Grid]) -> list[str]:
-    """How the run lies to the grids; nothing where it is inside the published ones or near one of one's own."""
-    if _near_own(run, grids):
+def _slope(run: Run, rows: Sequence[Row]) -> list[str]:
+    """That the speed-up rests on baselines of much larger or smaller models, if it does."""
+    params = min(models_of_several_lengths(rows), key=lambda params: abs(math.log(params / run.params)))
+    if abs(math.log(params / run.params)) <= math.log(NEAR):
         return []
+    return [
+        f"the speed-up takes the slope of baselines of {quantity(params)} parameters, which may be far off: train this model's "
+        "baseline at another length too and add it to the sweep (a row with bag_size 1)"
+    ]
+
+
+def _extrapolation(run: Run, grids: Sequence[Grid]) -> list[str]:
+    """How the run lies to the published grids; nothing where it is inside of them."""
     published = [grid for grid in grids if len(grid.cells) > 1 and not grid.own]
     outside, factor = [], 1.0
     for words, name in {"parameters": "params", "steps": "steps", "positions": "positions"}.items():

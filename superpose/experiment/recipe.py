@@ -125,6 +125,8 @@ class Recipe:
                 return Schedule.patch_level(steps, section.bag_size, section.ratio)
             if not section.stages:
                 return Schedule.tst(steps, section.bag_size, section.ratio, **common)
+            if (section.bag_size, section.ratio) != (1, 0.0):
+                raise ValueError("stages take the place of bag_size and ratio: leave those two out (or set them to 1 and 0)")
             stages, end = [], 0.0
             for table in section.stages:
                 table = {"ratio": 0.0, **common, **table}
