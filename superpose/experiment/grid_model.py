@@ -22,7 +22,7 @@ from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, pvariance
 from typing import Any
 
 import numpy as np
@@ -229,7 +229,7 @@ def grids(rows: Iterable[Row], *, own: bool = False) -> list[Grid]:
                 cells=Cells.of(params, positions[run], weighting, list(measured)),
                 gain=np.array([fmean(baselines[run]) - fmean(losses) for losses in measured.values()]),
                 runs=np.array([min(len(baselines[run]), len(losses)) for losses in measured.values()], np.float64),
-                scatter=sum((loss - fmean(losses)) ** 2 for losses in repeated for loss in losses),
+                scatter=sum(len(losses) * pvariance(losses) for losses in repeated),
                 repeats=sum(len(losses) - 1 for losses in repeated),
             )
         )
@@ -241,9 +241,10 @@ class GainModel:
 
     def __init__(self, grids: Sequence[Grid]) -> None:
         self.grids = tuple(grids)
-        self.cells = _join([_numbered(grid.cells, index) for index, grid in enumerate(grids)])
+        self.noise = [_fitted_noise(grid) if grid.own else 1.0 for grid in grids]
+        cells = [_with_noise(grid, noise) for grid, noise in zip(grids, self.noise, strict=True)]
+        self.cells = _join([_numbered(part, index) for index, part in enumerate(cells)])
         self.gain = np.concatenate([grid.gain for grid in grids])
-        self.noise = [self._fit_noise(index) if grid.own else 1.0 for index, grid in enumerate(grids)]
 
     def predict(self, cells: Cells, given: NDArray[np.bool_] | None = None) -> tuple[Array, Array]:
         """Mean gain ``[n]`` of runs to come, nats, and the standard deviation of a single one, noise of both arms included.
@@ -258,24 +259,27 @@ class GainModel:
         variance = prior - (cross * solved[:, 1:].T).sum(1)
         return cross @ solved[:, 0], np.sqrt(np.maximum(variance, 0))
 
-    def _fit_noise(self, index: int) -> float:
-        """The root mean square of the factors, by their likelihood for a grid's gains and for the scatter of its seeds.
 
-        A few cells that agree tell little of the noise, and the likeliest factor alone would be far too small.
-        """
-        grid, chosen = self.grids[index], self.cells.grid == index
+def _fitted_noise(grid: Grid) -> float:
+    """The root mean square of the factors, by their likelihood for a grid's gains and for the scatter of its seeds.
 
-        def likelihood(factor: float) -> float:
-            cells = replace(grid.cells, noise=factor / np.sqrt(grid.runs))
-            root = np.linalg.cholesky(_covariance(cells, cells) + _noise(cells, cells))
-            scatter = 0.5 * grid.scatter / (factor * BASELINE_NOISE) ** 2 + grid.repeats * math.log(factor)
-            return float(-0.5 * np.square(np.linalg.solve(root, grid.gain)).sum() - np.log(np.diagonal(root)).sum() - scatter)
+    A few cells that agree tell little of the noise, and the likeliest factor alone would be far too small.
+    """
 
-        likelihoods = np.array([likelihood(factor) for factor in NOISE_FACTORS])
-        weights = np.exp(likelihoods - likelihoods.max())
-        factor = float(np.sqrt(np.average(np.square(NOISE_FACTORS), weights=weights)))
-        self.cells.noise[chosen] = factor / np.sqrt(grid.runs)
-        return factor
+    def likelihood(factor: float) -> float:
+        cells = _with_noise(grid, factor)
+        root = np.linalg.cholesky(_covariance(cells, cells) + _noise(cells, cells))
+        scatter = 0.5 * grid.scatter / (factor * BASELINE_NOISE) ** 2 + grid.repeats * math.log(factor)
+        return float(-0.5 * np.square(np.linalg.solve(root, grid.gain)).sum() - np.log(np.diagonal(root)).sum() - scatter)
+
+    likelihoods = np.array([likelihood(factor) for factor in NOISE_FACTORS])
+    weights = np.exp(likelihoods - likelihoods.max())
+    return float(np.sqrt(np.average(np.square(NOISE_FACTORS), weights=weights)))
+
+
+def _with_noise(grid: Grid, factor: float) -> Cells:
+    """The grid's cells, each the mean of its runs, whose noise is ``factor`` times that of the published."""
+    return replace(grid.cells, noise=factor / np.sqrt(grid.runs))
 
 
 def recommended(mean: Array, deviation: Array) -> int:

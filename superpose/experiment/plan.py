@@ -167,8 +167,14 @@ def _near_own(run: Run, grids: Sequence[Grid]) -> list[Grid]:
 
 def _near(run: Run, grid: Grid) -> bool:
     """Whether ``grid`` is one's own and within a factor of `NEAR` of the run in all that counts."""
-    axes = ("params", "steps", "positions")
-    return grid.own and all(abs(math.log(getattr(run, name) / getattr(grid, name))) <= math.log(NEAR) for name in axes)
+    return grid.own and all(
+        _factor(getattr(run, name), getattr(grid, name)) <= NEAR for name in ("params", "steps", "positions")
+    )
+
+
+def _factor(a: float, b: float) -> float:
+    """By how much the larger exceeds the smaller."""
+    return max(a / b, b / a)
 
 
 def _speed_ups(gain: float, deviation: float, run: Run, rows: Sequence[Row]) -> tuple[float, float, float]:
@@ -180,8 +186,8 @@ def _speed_ups(gain: float, deviation: float, run: Run, rows: Sequence[Row]) -> 
 
 def _slope(run: Run, rows: Sequence[Row]) -> list[str]:
     """That the speed-up rests on baselines of much larger or smaller models, if it does."""
-    params = min(models_of_several_lengths(rows), key=lambda params: abs(math.log(params / run.params)))
-    if abs(math.log(params / run.params)) <= math.log(NEAR):
+    params = min(models_of_several_lengths(rows), key=lambda params: _factor(params, run.params))
+    if _factor(params, run.params) <= NEAR:
         return []
     return [
         f"the speed-up takes the slope of baselines of {quantity(params)} parameters, which may be far off: train this model's "
