@@ -46,31 +46,42 @@ def read(data, first, end):
 
 
 def test_each_stage_reads_its_part_of_the_stream_once(data, places):
-    block = batches.BLOCK * 16
+    assert data.block == 64  # the longest window: 16 bags of 4
     expected = 0
     for first, end in pairwise([0, *SCHEDULE.switches, SCHEDULE.steps]):
         tokens = read(data, 3 * first, 3 * end)
         assert len(tokens) == len(tokens.unique()) == SCHEDULE.token_offset(end, 16, 3) - SCHEDULE.token_offset(first, 16, 3)
-        blocks = (tokens // block).unique()
         order = [(place * data.stride) % data.blocks for place in range(data.blocks)]
-        stretch = range(expected // block, (expected + len(tokens) - 1) // block + 1)
-        assert set(blocks.tolist()) == {order[place] for place in stretch}
+        stretch = range(expected // 64, (expected + len(tokens) - 1) // 64 + 1)
+        assert set((tokens // 64).unique().tolist()) == {order[place] for place in stretch}
         expected += len(tokens)
 
 
-def test_the_stream_is_the_same_in_every_arm(places):
-    def read_in_all(schedule, seed):
+def test_the_longest_window_is_read_in_one_piece(places):
+    data = ScheduledTokens(places, Schedule.tst(40, 4, 0.5), positions=16, sequences_per_step=8)
+    for index in range(20 * 8):
+        tokens = data[index]["input_ids"].flatten().tolist()
+        assert tokens == list(range(tokens[0], tokens[0] + 64))
+
+
+def test_a_cut_stage_reads_windows_as_far_apart_as_there_is_room(places):
+    """Neighbouring windows are alike: a decay that is a stage of its own must not read fewer documents than one that is not."""
+    data = ScheduledTokens(places, Schedule.staged([Stage(4)] * 5), positions=16, sequences_per_step=8)
+    for first in range(0, 20 * 8, 32):
+        starts = np.sort([int(data[index]["input_ids"][0]) for index in range(first, first + 32)])
+        assert np.diff(starts).min() > 0.4 * places.tokens / 32
+
+
+def test_the_text_is_the_same_at_every_ratio_and_in_every_seed(places):
+    def text(schedule, seed):
         data = ScheduledTokens(places, schedule, positions=16, sequences_per_step=4, seed=seed)
-        epochs.add(data.epoch_tokens // block)
         return sorted(read(data, 0, len(data)).tolist())
 
-    block, epochs = batches.BLOCK * 16, set()
-    places.tokens = next(n for n in range(places.tokens, 0, -1) if n % block == 1 and n % 3 == 0)
-    plain, bags = Schedule.baseline(24), Schedule.staged([Stage(4, 8), Stage(2, 3), Stage(2)])
-    assert read_in_all(plain, 0) == read_in_all(plain, 1)
-    assert read_in_all(bags, 0) == read_in_all(Schedule.baseline(40), 3)
-    assert set(read_in_all(plain, 0)) < set(read_in_all(bags, 0))
-    assert len(epochs) == 2  # windows of three sequences make an epoch that has a block less
+    bags = Schedule.staged([Stage(4, 4), Stage(4, 2), Stage(8)])  # 32 plain steps of text
+    assert text(bags, 0) == text(bags, 1)
+    assert text(bags, 0) == text(Schedule.tst(20, 4, 0.2), 3)
+    assert set(text(Schedule.tst(10, 4, 0.2), 0)) < set(text(bags, 0))
+    assert text(Schedule.baseline(24), 0) == text(Schedule.staged([Stage(8), Stage(16)]), 0)
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 2, 3, 10, 377, 11_992])
@@ -84,11 +95,10 @@ def test_blocks_are_each_visited_once_and_spread_evenly(blocks):
 
 
 def test_windows_are_mixed_by_the_seed_and_in_parts(places, monkeypatch):
-    monkeypatch.setattr(batches, "BLOCK", 64)
-
     def offsets(seed):
         data = ScheduledTokens(places, Schedule.baseline(20), positions=16, sequences_per_step=2, seed=seed)
-        return [int(data[index]["input_ids"][0]) // 16 for index in range(40)]
+        places_in_stream = {place * data.stride % data.blocks: place for place in range(data.blocks)}
+        return [places_in_stream[int(data[index]["input_ids"][0]) // 16] for index in range(40)]
 
     assert offsets(0) == offsets(0) != offsets(1)
     assert offsets(0) != sorted(offsets(0))
@@ -120,26 +130,22 @@ def test_an_unordered_batch_is_refused(data):
         data.__getitems__([0, 9])
 
 
-def test_an_epoch_reads_every_token_and_the_next_continues_at_its_start(places):
-    with pytest.warns(UserWarning, match="epochs"):
-        data = ScheduledTokens(places, Schedule.baseline(places.tokens // 512 + 1), positions=512, sequences_per_step=1)
-    tokens, counts = read(data, 0, len(data)).unique(return_counts=True)
-    assert tokens.tolist() == list(range(data.epoch_tokens))
-    twice = tokens[counts == 2]
-    assert len(twice) == len(data) * 512 - data.epoch_tokens
-    assert set(counts.tolist()) == {1, 2}
-    assert twice.tolist() == list(range(len(twice)))  # the stream begins at the store's
-
-
-def test_epochs_warn_and_move_the_windows(places):
-    steps = 2 * places.tokens // 512 + 4
+def test_an_epoch_reads_every_window_once_and_the_next_cuts_others(places):
+    epoch = places.tokens // 512
     with pytest.warns(UserWarning, match=r"reads 2\.\d\d epochs"):
-        data = ScheduledTokens(places, Schedule.baseline(steps), positions=512, sequences_per_step=1)
-    windows = sorted(int(data[index]["input_ids"][0]) for index in range(len(data)))
-    assert len(set(windows)) == len(windows)
+        data = ScheduledTokens(places, Schedule.staged([Stage(epoch)] * 2 + [Stage(4)]), positions=512, sequences_per_step=1)
+    assert read(data, 0, epoch).unique().tolist() == list(range(epoch * 512))
+    second = [data[index]["input_ids"] for index in range(epoch, 2 * epoch)]
+    starts = {int(window[0]) for window in second}
+    assert {start % 512 for start in starts} == {316}  # 0.618 of a window on
+    whole = [window.diff().eq(1).all().item() for window in second]
+    assert len(starts) == epoch
+    assert sum(whole) >= epoch - 1  # one may go from the store's last token to its first
+    assert len(torch.cat(second).unique()) == epoch * 512
+    assert int(data[2 * epoch]["input_ids"][0]) % 512 == 120
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ScheduledTokens(places, Schedule.baseline(4), positions=512, sequences_per_step=1)
+        ScheduledTokens(places, Schedule.baseline(epoch), positions=512, sequences_per_step=1)
 
 
 def test_a_corpus_shorter_than_a_window_is_refused(store):

@@ -3,7 +3,8 @@
 Index i belongs to step ``i // sequences_per_step``; the schedule gives the stage and the part of the token stream that it
 reads. Nothing depends on workers, ranks, accumulation or on where a run was resumed. Samples must be drawn in order: the
 dataset itself mixes the text, because neighbouring windows come from the same document. The token stream is the store in
-blocks, in an order that spreads every part of the stream over the whole store; within a stage the windows are permuted.
+blocks of the schedule's longest window, in an order that spreads every part of the stream over the whole store; within a stage
+the windows are permuted.
 """
 
 import math
@@ -22,8 +23,8 @@ from superpose.data.store import TokenStore
 from superpose.errors import InputError
 from superpose.schedule import Schedule, Stage
 
-#: Sequences of text in a block of the stream: whole windows for every bag size that divides it.
-BLOCK = 32
+#: The fraction of the golden section: its multiples, modulo 1, lie evenly wherever they begin and end.
+GOLDEN = (math.sqrt(5) - 1) / 2
 #: Windows are permuted among so many, and never across stages.
 PERMUTED = 2**16
 
@@ -39,9 +40,9 @@ class ScheduledTokens(Dataset[dict[str, Tensor]]):
     sequences_per_step: sequences of one optimizer step over all ranks and micro-batches.
     seed: of the order of the windows. A stage reads the same tokens, each once, in every order.
 
-    The stream depends on neither schedule nor seed: a part of it is the same text in every arm. A run longer than the store
-    goes round it again, with a warning. An epoch is the store less so few tokens that its length shares no factor with any
-    window, so each epoch is cut into windows at other places.
+    The stream depends on the longest window alone: a part of it is the same text at every ratio and in every seed. A shorter
+    window that does not divide the longest may go over the end of a block. A run longer than the store goes round it again,
+    with a warning, and every epoch is cut into windows at other places.
     """
 
     def __init__(
@@ -55,10 +56,8 @@ class ScheduledTokens(Dataset[dict[str, Tensor]]):
                 f"{self.store.path}: the {self.store.split} split has {self.store.tokens} tokens, fewer than one window of "
                 f"{max(windows)} (positions × bag size): prepare more text, or lower positions or the bag size"
             )
-        self.epoch_tokens = next(
-            length for length in range(self.store.tokens, 0, -1) if all(math.gcd(length, window) == 1 for window in windows)
-        )
-        self.blocks = max(0, self.store.tokens // (BLOCK * positions) - 1)
+        self.block = max(windows)
+        self.blocks = self.store.tokens // self.block
         self.stride = _golden_stride(self.blocks)
         if self.epochs > 1:
             warnings.warn(
@@ -70,7 +69,7 @@ class ScheduledTokens(Dataset[dict[str, Tensor]]):
     @property
     def epochs(self) -> float:
         """How often the run goes through the store."""
-        return self.schedule.data_tokens(self.positions, self.sequences_per_step) / self.epoch_tokens
+        return self.schedule.data_tokens(self.positions, self.sequences_per_step) / (self.blocks * self.block)
 
     def __len__(self) -> int:
         return self.schedule.steps * self.sequences_per_step
@@ -98,16 +97,15 @@ class ScheduledTokens(Dataset[dict[str, Tensor]]):
         return [self[index] for index in indices]
 
     def _read(self, offset: int, count: int) -> Tensor:
-        """``count`` tokens of the stream, which ends with the store's last block and what is over: epochs differ in length."""
-        pieces, size = [], BLOCK * self.positions
+        """``count`` tokens of the stream. Past its last token the store goes on with its first."""
+        pieces = []
         while count:
-            block, at = divmod(offset % self.epoch_tokens, size)
-            if block < self.blocks:
-                start, left = block * self.stride % self.blocks * size, size
-            else:
-                start, left = block * size, self.epoch_tokens - block * size
-            length = min(count, left - at)
-            pieces.append(torch.from_numpy(self.store.read(start + at, length)))
+            block, at = divmod(offset, self.block)
+            epoch, place = divmod(block, self.blocks)
+            shift = int(self.block * (epoch * GOLDEN % 1))
+            start = (place * self.stride % self.blocks * self.block + shift + at) % self.store.tokens
+            length = min(count, self.block - at, self.store.tokens - start)
+            pieces.append(torch.from_numpy(self.store.read(start, length)))
             offset, count = offset + length, count - length
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -117,7 +115,7 @@ def _golden_stride(blocks: int) -> int:
 
     It shares no factor with their number, so that each is visited once.
     """
-    stride = round(blocks * (math.sqrt(5) - 1) / 2)
+    stride = round(blocks * GOLDEN)
     while math.gcd(stride, blocks) > 1:
         stride += 1
     return stride
