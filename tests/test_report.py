@@ -210,14 +210,20 @@ def test_diverged_run_is_left_out_with_its_pair():
 def test_verdict_of_a_clear_gain():
     text = verdict(summarise(make_results(baseline(1.330, 1.340, 1.335), tst(1.300, 1.309, 1.304))))
     assert "tst is ahead of baseline by 0.0307 nats (0.0442 bits per byte) at equal FLOPs" in text
-    assert "which is more than twice the spread over 3 seeds (standard deviation of the paired differences: 0.0006)." in text
+    assert "(90 % interval from 3 seeds: 0.0297 to 0.0316)." in text  # 2.920 · 0.00058 / √3 on both sides
     assert "Data tokens: baseline 3.07M, tst 5.84M (1.90×)." in text
 
 
 def test_verdict_of_an_unclear_gain():
     text = verdict(summarise(make_results(baseline(1.33, 1.33), tst(1.31, 1.34))))
-    assert "not more than twice the spread over 2 seeds" in text
-    assert "this is not a clear gain" in text
+    assert "ahead of baseline by 0.0050 nats" in text
+    assert "(90 % interval from 2 seeds: −0.0897 to 0.0997): this is not a clear gain." in text
+
+
+def test_a_gain_in_many_seeds_is_clear_though_smaller_than_their_spread():
+    gains = [0.01, 0.04] * 5
+    text = verdict(summarise(make_results(baseline(*[1.33] * 10), tst(*[1.33 - gain for gain in gains]))))
+    assert "(90 % interval from 10 seeds: 0.0158 to 0.0342)." in text
 
 
 def test_verdict_with_one_seed_names_the_remedy():

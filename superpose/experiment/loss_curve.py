@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from superpose.experiment.interval import half_interval
+
 Array = NDArray[np.float64]
 
 #: Exponents that are searched, values tried at once, and how often the search narrows to the neighbours of the best.
 EXPONENTS, TRIED, ROUNDS = (0.001, 2.0), 101, 5
 #: Lengths that a curve of three parameters needs.
 LEAST_LENGTHS = 3
-#: Half-width of a 90 % interval of a mean, in standard errors, for 2, 3, … 10 seeds (Student's t); more take the last.
-NINETY = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _against(
     own = flops / _per_step(baselines, "flops")
     interval = None
     if len(runs) > 1:
-        half = NINETY[min(len(runs) - 2, len(NINETY) - 1)] * stdev(corrected) / math.sqrt(len(runs))
+        half = half_interval(stdev(corrected), len(runs))
         low, high = _finite(curve.steps(level + half)), _finite(curve.steps(level - half))
         interval = (low and low / own, high and high / own)
 

@@ -15,6 +15,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from superpose.experiment.interval import half_interval
+
 COUNT_UNITS = ("", "K", "M", "B", "T")
 FLOPS_UNITS = tuple(f" {prefix}FLOPs" for prefix in ("", "K", "M", "G", "T", "P", "E", "Z", "Y"))
 
@@ -167,12 +169,9 @@ def _outcome(best: ArmSummary, base: ArmSummary) -> str:
     if best.difference_deviation is None:
         spread = "; with one seed the spread is unknown, so repeat it with --seeds 3."
     else:
-        clear = abs(number(best.difference)) > 2 * best.difference_deviation
-        spread = (
-            f", which is {'more' if clear else 'not more'} than twice the spread over {best.pairs} seeds "
-            f"(standard deviation of the paired differences: {best.difference_deviation:.4f})"
-        )
-        spread += "." if clear or not ahead else ": this is not a clear gain."
+        gain, half = abs(number(best.difference)), half_interval(best.difference_deviation, best.pairs)
+        spread = f" (90 % interval from {best.pairs} seeds: {plus_minus(gain - half)} to {plus_minus(gain + half)})"
+        spread += "." if gain > half or not ahead else ": this is not a clear gain."
     plain = " At this size and budget superposition does not pay." if not ahead and base.name == "baseline" else ""
     return outcome + spread + plain
 
