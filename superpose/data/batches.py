@@ -40,9 +40,9 @@ class ScheduledTokens(Dataset[dict[str, Tensor]]):
     sequences_per_step: sequences of one optimizer step over all ranks and micro-batches.
     seed: of the order of the windows. A stage reads the same tokens, each once, in every order.
 
-    The stream depends on the longest window alone: a part of it is the same text at every ratio and in every seed. A shorter
-    window that does not divide the longest may go over the end of a block. A run longer than the store goes round it again,
-    with a warning, and every epoch is cut into windows at other places.
+    The stream depends on the longest window alone: a part of it is the same text at every ratio and in every seed. A window
+    goes over the end of a block where the text read before is no multiple of it (bags of 4 behind bags of 3, say). A run longer
+    than the store goes round it again, with a warning, and every epoch is cut into windows at other places.
     """
 
     def __init__(
